@@ -1,0 +1,1 @@
+"""Building blocks of decoder and encoder: attention, feed-forward, mixture of experts, norms, rotary positions."""

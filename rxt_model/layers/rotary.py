@@ -1,0 +1,42 @@
+"""Rotary positions: one table of frequencies per component, angles computed once per forward pass (spec 2.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rxt_model.config import RopeAngleDtype
+
+
+class RotaryPositions:
+    """Angles ``position * base^(-2j / head_dim)`` in float32, optionally rounded to the model's dtype.
+
+    Deliberately not a buffer: casting a model to bfloat16 must not round the frequencies. ``angle_dtype="match"``
+    rounds the angles, as checkpoints of rxlm 0.1.0 and later saw when they were trained in half precision.
+
+    Args:
+        head_dim: width of a head, even.
+        base: base of the frequencies, 10 000 unless the checkpoint says otherwise.
+        angle_dtype: ``float32``, or ``match`` for the dtype of queries and keys.
+    """
+
+    def __init__(self, head_dim: int, base: int, angle_dtype: RopeAngleDtype) -> None:
+        self.head_dim = head_dim
+        self.base = base
+        self.angle_dtype = angle_dtype
+        with torch.device("cpu"):  # also when the model is built on the meta device
+            self._inverse_frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """Angles in radians at integer positions.
+
+        Args:
+            positions: any shape, integer.
+            dtype: dtype of the queries and keys, used when ``angle_dtype`` is ``match``.
+
+        Returns:
+            ``positions.shape + (head_dim / 2,)``, float32 or ``dtype``.
+        """
+        frequencies = self._inverse_frequencies.to(positions.device)
+        angles = positions[..., None].to(torch.float32) * frequencies
+        return angles.to(dtype) if self.angle_dtype == "match" else angles

@@ -1,0 +1,6 @@
+"""Short-term memory and the network that writes to it."""
+
+from rxt_model.memory.memory_attention import MemoryAttentionNetwork
+from rxt_model.memory.short_term_memory import INITIALISATIONS, ShortTermMemory
+
+__all__ = ["INITIALISATIONS", "MemoryAttentionNetwork", "ShortTermMemory"]

@@ -1,0 +1,142 @@
+"""The fixed-size state that replaces a conversation's history (spec 2.9)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+INITIALISATIONS = ("standard", "normal", "uniform", "ones", "zeros")
+
+
+class ShortTermMemory(nn.Module):
+    """Memory slots of every layer, ``memory`` of shape (L, B, S, D), held outside of the weights.
+
+    The state is a buffer that is never saved with a model: it belongs to a conversation. It moves and casts with the
+    module, keeps its contents when components are shared or the batch grows, and never carries an autograd graph.
+
+    Args:
+        num_layers: layers L.
+        size: slots S of each layer.
+        dim: model width D.
+        init_type: distribution of a reset memory: ``standard`` N(0, 1), ``normal`` N(0, 0.01^2), ``uniform``
+            U(0, 0.01), ``ones`` or ``zeros``.
+
+    Example:
+        >>> stm = ShortTermMemory(num_layers=2, size=4, dim=8, init_type="zeros")
+        >>> stm.memory.shape
+        torch.Size([2, 1, 4, 8])
+    """
+
+    memory: Tensor
+
+    def __init__(self, num_layers: int, size: int, dim: int, *, init_type: str = "standard") -> None:
+        super().__init__()
+        if init_type not in INITIALISATIONS:
+            raise ValueError(f"init_type is {init_type!r}; accepted are {', '.join(map(repr, INITIALISATIONS))}.")
+        self.num_layers = num_layers
+        self.size = size
+        self.dim = dim
+        self.init_type = init_type
+        self.register_buffer("memory", self._drawn(1, None, torch.get_default_dtype(), None), persistent=False)
+
+    @property
+    def batch_size(self) -> int:
+        """Conversations this memory holds."""
+        return self.memory.shape[1]
+
+    def _drawn(
+        self, batch_size: int, device: torch.device | None, dtype: torch.dtype, generator: torch.Generator | None
+    ) -> Tensor:
+        memory = torch.empty(self.num_layers, batch_size, self.size, self.dim, device=device, dtype=dtype)
+        if self.init_type == "standard":
+            return memory.normal_(generator=generator)
+        if self.init_type == "normal":
+            return memory.normal_(std=0.01, generator=generator)
+        if self.init_type == "uniform":
+            return memory.uniform_(0.0, 0.01, generator=generator)
+        return memory.fill_(1.0 if self.init_type == "ones" else 0.0)
+
+    def reset_buffers(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Draw the memory anew on a device, for a module that was built on the meta device."""
+        self.memory = self._drawn(1, device, dtype, None)
+
+    @torch.no_grad()
+    def reset(self, *, batch_size: int | None = None, init_type: str | None = None, seed: int | None = None) -> None:
+        """Forget everything.
+
+        Args:
+            batch_size: conversations from now on; None keeps their number.
+            init_type: distribution from now on; None keeps it.
+            seed: makes the draw repeatable, on whatever device the memory lives.
+
+        Raises:
+            ValueError: ``batch_size`` below 1 or an unknown ``init_type``.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        if init_type is not None:
+            if init_type not in INITIALISATIONS:
+                raise ValueError(f"init_type is {init_type!r}; accepted are {', '.join(map(repr, INITIALISATIONS))}.")
+            self.init_type = init_type
+        batch = self.batch_size if batch_size is None else batch_size
+        if seed is None:
+            self.memory = self._drawn(batch, self.memory.device, self.memory.dtype, None)
+        else:
+            generator = torch.Generator("cpu").manual_seed(seed)
+            drawn = self._drawn(batch, torch.device("cpu"), torch.float32, generator)
+            self.memory = drawn.to(self.memory.device, self.memory.dtype)
+
+    def set_batch_size(self, batch_size: int) -> None:
+        """Hold ``batch_size`` conversations, keeping what is remembered (spec 7, defect 18).
+
+        A single conversation is copied to every row; several become one only through :meth:`average`.
+
+        Raises:
+            ValueError: the memory holds several conversations and a different number is asked for.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        if batch_size == self.batch_size:
+            return
+        if self.batch_size != 1:
+            raise ValueError(
+                f"the memory holds {self.batch_size} conversations and batch_size is {batch_size}; only a single "
+                "conversation can be copied to several. Call reset(batch_size=...) to start anew, or average()."
+            )
+        self.memory = self.memory.expand(-1, batch_size, -1, -1).contiguous()
+
+    def average(self) -> None:
+        """Become one conversation, the mean of all of them; slots and channels stay apart (spec 7, defect 19)."""
+        self.memory = self.memory.mean(dim=1, keepdim=True)
+
+    def select(self, row: int) -> None:
+        """Become the one conversation ``row``."""
+        if not 0 <= row < self.batch_size:
+            raise ValueError(f"row is {row}; the memory holds rows 0 to {self.batch_size - 1}.")
+        self.memory = self.memory[:, row : row + 1].clone()
+
+    def export(self) -> Tensor:
+        """A detached copy of the state, (L, B, S, D)."""
+        return self.memory.detach().clone()
+
+    def load(self, memory: Tensor) -> None:
+        """Replace the state by a detached copy, cast and moved to where the memory lives.
+
+        Raises:
+            TypeError: not a floating-point tensor.
+            ValueError: not of shape (L, B, S, D) for this model, or not finite.
+        """
+        if not isinstance(memory, Tensor) or not memory.is_floating_point():
+            kind = memory.dtype if isinstance(memory, Tensor) else type(memory).__name__
+            raise TypeError(f"memory is of type {kind}; it must be a floating-point tensor of shape (L, B, S, D).")
+        if memory.dim() != 4 or (memory.shape[0], *memory.shape[2:]) != (self.num_layers, self.size, self.dim):
+            raise ValueError(
+                f"memory has shape {tuple(memory.shape)}; this model's is ({self.num_layers}, batch, {self.size}, "
+                f"{self.dim})."
+            )
+        if not bool(torch.isfinite(memory).all()):
+            raise ValueError("memory holds NaN or infinite values; load a state that was exported from a working model.")
+        self.memory = memory.detach().to(self.memory.device, self.memory.dtype, copy=True)
+
+    def extra_repr(self) -> str:
+        return f"num_layers={self.num_layers}, size={self.size}, dim={self.dim}, init_type={self.init_type!r}"
