@@ -1,0 +1,290 @@
+"""Stand-alone script that runs the upstream library `rxlm` as a black box; it never imports our package.
+
+    PYTHONPATH=DIR_OF_RXLM python oracle.py produce CASES.json OUTPUT_DIR
+    PYTHONPATH=DIR_OF_RXLM python oracle.py load REQUESTS.json OUTPUT_DIR
+
+`produce` builds every case (see `cases.py` for the fields) with random weights, writes `OUTPUT_DIR/NAME/model/` with
+upstream's own `save_pretrained`, and `OUTPUT_DIR/NAME/tensors.safetensors` with the inputs (`in.*`) and what upstream
+answered (`out.*`). `load` goes the other way: it opens a directory written by us with upstream's `from_pretrained` and
+answers to the inputs of a tensor file written by `produce`. A case that fails leaves `OUTPUT_DIR/NAME/error.txt` and
+does not stop the others.
+
+Everything known here about upstream was found by running it. The quirks that a caller has to work around:
+
+* The full model has `decoder`, `encoder` and `memory_attention`; until `share_components()` is called each owns its
+  embedding and its memory. Sharing keeps the *encoder's* embedding and draws a new random memory, so the memory has to
+  be loaded afterwards. (After sharing, the encoder keeps a memory buffer of its own.)
+* The encoder returns (last state, states after each layer stacked); memory attention takes the second. It commits the
+  result to the memory itself and returns it.
+* Memory attention needs the memory's batch to equal the input's, so a batch wants `set_batch_mode(True, B)`
+  (`stm.batched_memory(B)` on a bare component) first; both draw new random memory.
+* `interact` of 0.3.92 walks the list of stateless layers although a model without any has none there (TypeError):
+  an empty list has to be put in its place by hand. `interact` of 0.2.31 gives the wrong position to cached steps, so
+  it is only a reference with `use_self_attn_cache=False`.
+* `interact` asks for an attention mask, and greedy decoding is `top_k=1` since temperature 0 is an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import pathlib
+import sys
+import traceback
+import warnings
+from typing import Any
+
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+torch.set_num_threads(1)
+
+Tensors = dict[str, torch.Tensor]
+MODULE_OF = {"MLMHead": "rxlm.training.models", "DecoderOnlyTransformer": "rxlm.llm.models"}
+INTERACTION_LENGTH = 24  # below every seq_len of the case table
+
+
+def upstream_class(name: str) -> Any:
+    """The upstream class called `name`."""
+    return getattr(importlib.import_module(MODULE_OF.get(name, "rxlm.rxt.models")), name)
+
+
+def build(case: dict[str, Any]) -> torch.nn.Module:
+    """The model of a case with every parameter random; nothing is left at a value that would hide an omission."""
+    torch.manual_seed(case["seed"])
+    model = upstream_class(case["class"])(**case["arguments"])
+    randomise(model, case["seed"])
+    return model.eval()
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Give every parameter (and the running statistics of memory norms) a value away from 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            last = name.rsplit(".", 1)[-1]
+            if "embedding" in name:
+                value = normal(parameter)
+            elif "norm" in name and last in ("weight", "scale"):
+                value = 1.0 + 0.3 * normal(parameter)
+            elif last == "gate":  # static and element-wise residual gates, gates of memory norms
+                value = normal(parameter)
+            elif last in ("w1", "w2", "shared_w1", "shared_w2"):  # stacked experts are applied as x @ w
+                value = normal(parameter) / math.sqrt(parameter.shape[-2])
+            elif parameter.ndim >= 2 and last == "weight":
+                gain = 3.0 if "router" in name or "slot_status" in name else 1.0
+                value = gain * normal(parameter) / math.sqrt(parameter.shape[-1])
+            else:
+                value = 0.3 * normal(parameter)
+            parameter.copy_(value)
+        for name, buffer in model.named_buffers():
+            if name.endswith("ema_rms"):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
+
+
+def make_inputs(case: dict[str, Any]) -> Tensors:
+    """Random ids, right-padding masks and memory states for a case; pads carry random ids, so a leak would show."""
+    generator = torch.Generator().manual_seed(case["seed"] + 1)
+    sizes = case["sizes"]
+    layers, slots, dim, vocabulary = (sizes.get(key, 0) for key in ("layers", "slots", "dim", "vocabulary"))
+    batch, time, updates = 3, 11, 3
+    lengths = torch.tensor([time, 7, 2])
+    mask = torch.arange(time) < lengths[:, None]
+    inputs: Tensors = {"mask_batch": mask}
+    kind = case["kind"]
+    if kind in ("full", "decoder", "encoder", "llm"):
+        inputs["ids"] = torch.randint(7, vocabulary, (1, time), generator=generator)
+        inputs["ids_batch"] = torch.randint(7, vocabulary, (batch, time), generator=generator)
+    if kind in ("full", "decoder", "memory_attention", "encoder"):
+        inputs["memory"] = torch.randn(layers, 1, slots, dim, generator=generator)
+        inputs["memory_batch"] = torch.randn(layers, batch, slots, dim, generator=generator)
+    if kind == "full":
+        inputs["update_ids"] = torch.randint(7, vocabulary, (updates, 1, time), generator=generator)
+        inputs["update_ids_batch"] = torch.randint(7, vocabulary, (updates, batch, time), generator=generator)
+    if kind == "memory_attention":
+        inputs["encoded"] = torch.randn(updates, layers, 1, time, dim, generator=generator)
+        inputs["encoded_batch"] = torch.randn(updates, layers, batch, time, dim, generator=generator)
+    if kind == "mlm_head":
+        inputs["hidden"] = torch.randn(batch, time, dim, generator=generator)
+    return inputs
+
+
+def greedy(forward: Any, ids: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Continue `ids` by uncached argmax; also the smallest gap between the two best logits, to know ties from errors."""
+    gaps = []
+    for _ in range(steps):
+        best = forward(ids, torch.ones_like(ids, dtype=torch.bool))[:, -1].topk(2, dim=-1)
+        gaps.append((best.values[:, 0] - best.values[:, 1]).min())
+        ids = torch.cat([ids, best.indices[:, :1]], dim=-1)
+    return ids, torch.stack(gaps).min().reshape(1)
+
+
+def set_memory(stm: Any, memory: torch.Tensor) -> None:
+    """Load an explicit memory into a bare component's store."""
+    stm.batched_memory(memory.shape[1]) if memory.shape[1] > 1 else stm.single_memory()
+    stm.update_all(memory.clone())
+
+
+def evaluate_full(model: Any, inputs: Tensors) -> Tensors:
+    outputs: Tensors = {}
+    model.share_components()
+    for suffix in ("", "_batch"):
+        memory, ids, updates = inputs["memory" + suffix], inputs["ids" + suffix], inputs["update_ids" + suffix]
+        mask = inputs["mask_batch"] if suffix else torch.ones_like(ids, dtype=torch.bool)
+        model.set_batch_mode(True, memory.shape[1]) if suffix else model.set_batch_mode(False)
+        model.load_stm_state(memory.clone())
+        outputs["logits" + suffix] = model.decoder(ids, attention_mask=mask)
+        outputs["encoded" + suffix] = model.encoder(ids, attention_mask=mask)[1]
+        if not suffix:
+            outputs["greedy"], outputs["greedy_gap"] = greedy(lambda x, m: model.decoder(x, attention_mask=m), ids, 12)
+        for count, update in enumerate(updates, start=1):
+            encoded = model.encoder(update, attention_mask=mask)[1]
+            model.memory_attention(encoded, attention_mask=mask)
+            outputs[f"memory_after_{count}{suffix}"] = model.export_stm_state().clone()
+        if not suffix:
+            outputs["greedy_after_updates"], outputs["greedy_after_updates_gap"] = greedy(
+                lambda x, m: model.decoder(x, attention_mask=m), ids, 12
+            )
+    return outputs
+
+
+def evaluate_interaction(model: Any, inputs: Tensors) -> Tensors:
+    """The streaming call itself, greedily: its ids with the two sentinels, and the memory it leaves behind."""
+    inner = model.decoder.model
+    if getattr(inner, "stateless_layers", ()) is None:
+        inner.stateless_layers = torch.nn.ModuleList()
+    model.set_batch_mode(False)
+    model.load_stm_state(inputs["memory"].clone())
+    ids = inputs["ids"].clone()
+    cached = hasattr(inner, "stateless_layers")  # 0.2.31 has no such attribute: its cached positions are wrong
+    arguments: dict[str, Any] = {"thinking_mode": "fast"} if cached and type(model).__name__ == "RxTBeta" else {}
+    stream = list(
+        model.interact(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            top_k=1,
+            max_seq_len=INTERACTION_LENGTH,
+            use_self_attn_cache=cached,
+            **arguments,
+        )
+    )
+    return {"interaction": torch.tensor(stream), "interaction_memory": model.export_stm_state().clone()}
+
+
+def evaluate_decoder(model: Any, inputs: Tensors) -> Tensors:
+    outputs: Tensors = {}
+    for suffix in ("", "_batch"):
+        ids = inputs["ids" + suffix]
+        mask = inputs["mask_batch"] if suffix else torch.ones_like(ids, dtype=torch.bool)
+        set_memory(model.model.stm, inputs["memory" + suffix])
+        outputs["logits" + suffix] = model(ids, attention_mask=mask)
+    return outputs
+
+
+def evaluate_encoder(model: Any, inputs: Tensors) -> Tensors:
+    outputs: Tensors = {}
+    for suffix in ("", "_batch"):
+        ids = inputs["ids" + suffix]
+        mask = inputs["mask_batch"] if suffix else torch.ones_like(ids, dtype=torch.bool)
+        if getattr(model.model, "stm", None) is not None:
+            set_memory(model.model.stm, inputs["memory" + suffix])
+        outputs["encoded" + suffix] = model(ids, attention_mask=mask)[1]
+    return outputs
+
+
+def evaluate_memory_attention(model: Any, inputs: Tensors) -> Tensors:
+    outputs: Tensors = {}
+    for suffix in ("", "_batch"):
+        updates = inputs["encoded" + suffix]
+        mask = inputs["mask_batch"] if suffix else torch.ones(1, updates.shape[-2], dtype=torch.bool)
+        set_memory(model.model.stm, inputs["memory" + suffix])
+        for count, encoded in enumerate(updates, start=1):
+            outputs[f"memory_after_{count}{suffix}"] = model(encoded, attention_mask=mask).clone()
+    return outputs
+
+
+def evaluate_mlm_head(model: Any, inputs: Tensors) -> Tensors:
+    return {"logits": model(inputs["hidden"])}
+
+
+def evaluate_llm(model: Any, inputs: Tensors) -> Tensors:
+    outputs: Tensors = {}
+    for suffix in ("", "_batch"):
+        ids = inputs["ids" + suffix]
+        mask = inputs["mask_batch"] if suffix else torch.ones_like(ids, dtype=torch.bool)
+        outputs["logits" + suffix] = model(ids, attention_mask=mask)
+    outputs["greedy"], outputs["greedy_gap"] = greedy(lambda x, m: model(x, attention_mask=m), inputs["ids"], 12)
+    return outputs
+
+
+EVALUATE = {
+    "full": evaluate_full,
+    "decoder": evaluate_decoder,
+    "encoder": evaluate_encoder,
+    "memory_attention": evaluate_memory_attention,
+    "mlm_head": evaluate_mlm_head,
+    "llm": evaluate_llm,
+}
+
+
+def save_upstream(model: Any, case: dict[str, Any], directory: pathlib.Path) -> None:
+    """Save as a user of upstream would have: before or after the embeddings were shared."""
+    if case["kind"] == "full":
+        embeddings = [part.model.embedding.weight for part in (model.decoder, model.encoder)]
+        saving = case["saving"]
+        if saving == "shared":
+            model.share_components()
+        elif saving == "separate-equal":  # both names in the file, with the same values
+            embeddings[1].copy_(embeddings[0])
+        elif saving != "separate":  # "separate": both names, different values; sharing after loading keeps the encoder's
+            raise ValueError(f"unknown way of saving {saving!r}")
+    model.save_pretrained(str(directory))
+
+
+def produce(case: dict[str, Any], directory: pathlib.Path) -> None:
+    inputs = make_inputs(case)
+    model = build(case)
+    save_upstream(model, case, directory / "model")
+    outputs = EVALUATE[case["kind"]](model, inputs)
+    if case.get("interaction"):
+        outputs.update(evaluate_interaction(model, inputs))
+    write(directory, inputs, outputs)
+
+
+def load(request: dict[str, Any], directory: pathlib.Path) -> None:
+    """Open a directory that was not saved by upstream, and answer to given inputs."""
+    stored = load_file(request["inputs"])
+    inputs = {name[len("in.") :]: value for name, value in stored.items() if name.startswith("in.")}
+    torch.manual_seed(0)
+    model = upstream_class(request["class"]).from_pretrained(request["path"]).eval()
+    write(directory, inputs, EVALUATE[request["kind"]](model, inputs))
+
+
+def write(directory: pathlib.Path, inputs: Tensors, outputs: Tensors) -> None:
+    tensors = {f"in.{name}": value for name, value in inputs.items()}
+    tensors.update({f"out.{name}": value for name, value in outputs.items()})
+    save_file({name: value.detach().contiguous().clone() for name, value in tensors.items()}, directory / "tensors.safetensors")
+
+
+def main() -> None:
+    mode, cases_path, output = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
+    work = {"produce": produce, "load": load}[mode]
+    for case in json.loads(cases_path.read_text()):
+        directory = output / case["name"]
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            with torch.no_grad():
+                work(case, directory)
+        except Exception:
+            (directory / "error.txt").write_text(traceback.format_exc(limit=0))
+
+
+if __name__ == "__main__":
+    main()
