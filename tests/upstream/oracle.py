@@ -13,7 +13,8 @@ Everything known here about upstream was found by running it. The quirks that a 
 
 * The full model has `decoder`, `encoder` and `memory_attention`; until `share_components()` is called each owns its
   embedding and its memory. Sharing keeps the *encoder's* embedding and draws a new random memory, so the memory has to
-  be loaded afterwards. (After sharing, the encoder keeps a memory buffer of its own.)
+  be loaded afterwards. The encoder's memory, where it has one, is never shared: an encoder with cross-attention (which
+  0.2.31 computes) goes on reading its own constant one.
 * The encoder returns (last state, states after each layer stacked); memory attention takes the second. It commits the
   result to the memory itself and returns it.
 * Memory attention needs the memory's batch to equal the input's, so a batch wants `set_batch_mode(True, B)`
@@ -106,6 +107,7 @@ def make_inputs(case: dict[str, Any]) -> Tensors:
         inputs["memory"] = torch.randn(layers, 1, slots, dim, generator=generator)
         inputs["memory_batch"] = torch.randn(layers, batch, slots, dim, generator=generator)
     if kind == "full":
+        inputs["encoder_memory"] = torch.randn(layers, 1, slots, dim, generator=generator)
         inputs["update_ids"] = torch.randint(7, vocabulary, (updates, 1, time), generator=generator)
         inputs["update_ids_batch"] = torch.randint(7, vocabulary, (updates, batch, time), generator=generator)
     if kind == "memory_attention":
@@ -140,6 +142,8 @@ def evaluate_full(model: Any, inputs: Tensors) -> Tensors:
         mask = inputs["mask_batch"] if suffix else torch.ones_like(ids, dtype=torch.bool)
         model.set_batch_mode(True, memory.shape[1]) if suffix else model.set_batch_mode(False)
         model.load_stm_state(memory.clone())
+        if getattr(model.encoder.model, "stm", None) is not None:
+            set_memory(model.encoder.model.stm, inputs["encoder_memory"].expand_as(memory))
         outputs["logits" + suffix] = model.decoder(ids, attention_mask=mask)
         outputs["encoded" + suffix] = model.encoder(ids, attention_mask=mask)[1]
         if not suffix:
