@@ -1,1 +1,1 @@
-"""What the upstream library `rxlm` computes, measured from outside (see `oracle.py`); it is never imported by our package."""
+"""What the upstream library `rxlm` computes, seen from outside (see `oracle.py`); our package never imports it."""

@@ -1,8 +1,8 @@
 """The table of upstream models that our loader and our forward pass are held to.
 
-A case is plain data (it crosses a process boundary as JSON): the upstream class and its arguments, the seed of its random
-weights, what kind of thing it is (which decides what is asked of it) and, for complete models, whether the file is saved
-before or after upstream shares the embedding. Sizes are tiny, so that all cases of a version run in seconds.
+A case is plain data (it crosses a process boundary as JSON): the upstream class and its arguments, the seed of its
+random weights, what kind of thing it is (which decides what is asked of it) and, for complete models, whether the file
+is saved before or after upstream shares the embedding. Sizes are tiny, so that a version's cases run in seconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ VERSIONS = ("0.2.31", "0.3.92")
 
 VOCABULARY, DIM, SLOTS, LAYERS, LENGTH = 97, 32, 8, 3, 48
 TOKENIZER = {"bos_token_id": 2, "eos_token_id": 3, "answer_token_id": 6, "query_token_id": 5, "pad_token_id": 0}
-BETA_TOKENIZER = {**TOKENIZER, "think_token_id": 4, "tool_call_token_id": 1, "tool_use_token_id": 7, "internal_token_id": 8}
+BETA_TOKENIZER = {
+    **TOKENIZER,
+    "think_token_id": 4,
+    "tool_call_token_id": 1,
+    "tool_use_token_id": 7,
+    "internal_token_id": 8,
+}
 
 COMPONENT: dict[str, Any] = {
     "num_layers": LAYERS,
@@ -126,7 +132,7 @@ def _seed(name: str) -> int:
     return sum((index + 1) * ord(letter) for index, letter in enumerate(name))
 
 
-# --- memory attention, alone: the complete model can only build some of the variants -------------------------------------
+# memory attention, alone: the complete model can only build some of the variants
 
 
 def gate_cases() -> list[Case]:
@@ -159,7 +165,7 @@ def variant_arguments(variant: str, **changes: Any) -> dict[str, Any]:
 
 
 def variant_cases(version: str) -> list[Case]:
-    """Every variant with every family of gate, with ordinary and reversed head ratios, and with differing attentions."""
+    """Every variant with every family of gate, ordinary and reversed head ratios, and differing attentions."""
     cases = []
     for variant, upstream_class in VARIANT_CLASSES.items():
         if variant == "grouped-self-interlayer":
@@ -207,13 +213,15 @@ def norm_cases(version: str) -> list[Case]:
     if version == "0.3.92":
         grouped = {**LINEAR, "norm_type": "rms", "num_layers": 4, "num_groups": 2}
         arguments = variant_arguments("grouped-self-interlayer", **grouped)
-        cases.append(part("norm-rms-grouped", "memory_attention", VARIANT_CLASSES["grouped-self-interlayer"], arguments))
+        cases.append(
+            part("norm-rms-grouped", "memory_attention", VARIANT_CLASSES["grouped-self-interlayer"], arguments)
+        )
         arguments = variant_arguments("gated-self-interlayer", **LINEAR, rope_base=500)
         cases.append(part("rope-base", "memory_attention", VARIANT_CLASSES["gated-self-interlayer"], arguments))
     return cases
 
 
-# --- decoders, encoders, heads and stateless models, alone ---------------------------------------------------------------
+# decoders, encoders, heads and stateless models, alone
 
 
 def component_cases(version: str) -> list[Case]:
@@ -266,10 +274,14 @@ def component_cases(version: str) -> list[Case]:
                 },
             }
         )
-        decoders.update({f"gated-{a}": {**gated, "gated_attention_activation": a} for a in ("silu", "tanh", "relu", "gelu")})
+        decoders.update(
+            {f"gated-{a}": {**gated, "gated_attention_activation": a} for a in ("silu", "tanh", "relu", "gelu")}
+        )
         for routed, shared in itertools.product(("local", "global", "off"), repeat=2):
             for count, weighted, plain in ((1, False, False), (1, True, False), (2, False, True), (2, True, False)):
-                name = f"moe-{routed}-{count}-shared-{shared}{'-weighted' if weighted else ''}{'-plain' if plain else ''}"
+                name = (
+                    f"moe-{routed}-{count}-shared-{shared}{'-weighted' if weighted else ''}{'-plain' if plain else ''}"
+                )
                 decoders[name] = {
                     **MOE,
                     "num_layers": 1,
@@ -295,8 +307,12 @@ def component_cases(version: str) -> list[Case]:
                 "kept-memory": {"legacy_stm_in_encoder": True},
             }
         )
-    cases = [part(f"decoder-{name}", "decoder", "RxTDecoder", {**COMPONENT, **changes}) for name, changes in decoders.items()]
-    cases += [part(f"encoder-{name}", "encoder", "RxTEncoder", {**ENCODER, **changes}) for name, changes in encoders.items()]
+    cases = [
+        part(f"decoder-{name}", "decoder", "RxTDecoder", {**COMPONENT, **changes}) for name, changes in decoders.items()
+    ]
+    cases += [
+        part(f"encoder-{name}", "encoder", "RxTEncoder", {**ENCODER, **changes}) for name, changes in encoders.items()
+    ]
     cases.append(part("mlm-head", "mlm_head", "MLMHead", {"embed_dim": DIM, "vocab_size": VOCABULARY}))
     return cases
 
@@ -327,7 +343,7 @@ def language_model_cases(version: str) -> list[Case]:
     ]
 
 
-# --- complete models -----------------------------------------------------------------------------------------------------
+# complete models
 
 
 def full_cases(version: str) -> list[Case]:
@@ -336,7 +352,9 @@ def full_cases(version: str) -> list[Case]:
     cases = [
         full("alpha-gated-linear-moe", MOE, {}, LINEAR, interaction=True),
         full("alpha-elementwise-dense", more_queries, {}, ELEMENTWISE, saving="separate-equal", interaction=True),
-        full("alpha-static-tanh", {"self_att_type": "mha", "cross_att_type": "gqa"}, {}, STATIC_TANH, saving="separate"),
+        full(
+            "alpha-static-tanh", {"self_att_type": "mha", "cross_att_type": "gqa"}, {}, STATIC_TANH, saving="separate"
+        ),
         full("alpha-ungated", {}, {}, {}, saving="separate"),
         full("alpha-reversed-heads", {**REVERSED, **MOE}, REVERSED, {**LINEAR, **reversed_memory}),
         full("alpha-interlayer", MOE, {}, LINEAR, variant="interlayer", interaction=True),

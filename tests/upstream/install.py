@@ -3,9 +3,9 @@
     python tests/upstream/install.py [DIRECTORY]
 
 DIRECTORY defaults to `$RXT_UPSTREAM_DIR`, else `.upstream` in the repository root. Each version goes into
-`DIRECTORY/VERSION` without its dependencies (the tests run it beside the torch and transformers of this environment), and
-is never importable from here. A version that is already there is left alone; one that is being installed appears only
-when it is complete.
+`DIRECTORY/VERSION` without its dependencies (the tests run it beside the torch and transformers of this environment),
+and is never importable from here. A version that is already there is left alone; one that is being installed appears
+only when it is complete.
 """
 
 from __future__ import annotations

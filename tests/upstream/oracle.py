@@ -119,7 +119,7 @@ def make_inputs(case: dict[str, Any]) -> Tensors:
 
 
 def greedy(forward: Any, ids: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Continue `ids` by uncached argmax; also the smallest gap between the two best logits, to know ties from errors."""
+    """Continue `ids` by uncached argmax; also the smallest gap between the two best logits, to tell ties."""
     gaps = []
     for _ in range(steps):
         best = forward(ids, torch.ones_like(ids, dtype=torch.bool))[:, -1].topk(2, dim=-1)
@@ -247,7 +247,9 @@ def save_upstream(model: Any, case: dict[str, Any], directory: pathlib.Path) -> 
             model.share_components()
         elif saving == "separate-equal":  # both names in the file, with the same values
             embeddings[1].copy_(embeddings[0])
-        elif saving != "separate":  # "separate": both names, different values; sharing after loading keeps the encoder's
+        elif (
+            saving != "separate"
+        ):  # "separate": both names, different values; sharing after loading keeps the encoder's
             raise ValueError(f"unknown way of saving {saving!r}")
     model.save_pretrained(str(directory))
 
@@ -274,7 +276,10 @@ def load(request: dict[str, Any], directory: pathlib.Path) -> None:
 def write(directory: pathlib.Path, inputs: Tensors, outputs: Tensors) -> None:
     tensors = {f"in.{name}": value for name, value in inputs.items()}
     tensors.update({f"out.{name}": value for name, value in outputs.items()})
-    save_file({name: value.detach().contiguous().clone() for name, value in tensors.items()}, directory / "tensors.safetensors")
+    save_file(
+        {name: value.detach().contiguous().clone() for name, value in tensors.items()},
+        directory / "tensors.safetensors",
+    )
 
 
 def main() -> None:
