@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from rxt_kernels import AttentionWeights, memory_cross_attention, sparse_query_attention
@@ -150,8 +149,3 @@ class MemoryCrossAttention(AttentionProjections):
             dropout=self._dropout(),
         )
         return self._finish(heads, x)
-
-
-def causal_positions(length: int, device: torch.device) -> Tensor:
-    """Positions 0 .. length - 1."""
-    return torch.arange(length, device=device)

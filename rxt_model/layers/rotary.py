@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rxt_model.config import RopeAngleDtype
+from rxt_model.config import RopeAngleDtype, TransformerConfig
 
 
 class RotaryPositions:
@@ -40,3 +40,8 @@ class RotaryPositions:
         frequencies = self._inverse_frequencies.to(positions.device)
         angles = positions[..., None].to(torch.float32) * frequencies
         return angles.to(dtype) if self.angle_dtype == "match" else angles
+
+
+def rotary_positions(config: TransformerConfig) -> RotaryPositions | None:
+    """The positions of a decoder or encoder; None where the configuration rotates nothing."""
+    return None if config.use_nope else RotaryPositions(config.head_dim, config.rope_base, config.rope_angle_dtype)

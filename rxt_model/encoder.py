@@ -1,0 +1,104 @@
+"""The encoder: turns a finished interaction into one state per layer, for memory attention to write (spec 1, step 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rxt_model.checkpoint.hub import Component, PretrainedModel
+from rxt_model.config import TransformerConfig
+from rxt_model.decoder import check_token_ids
+from rxt_model.layers.rotary import rotary_positions
+from rxt_model.layers.transformer_layer import TransformerLayer
+from rxt_model.memory import ShortTermMemory
+
+
+class EncoderNetwork(nn.Module):
+    """Embedding and bidirectional layers; ``model.`` in checkpoints.
+
+    The base encoders of the first era carried memory cross-attention (``skip_memory_cross_attention=False``); whether it
+    is computed is ``reads_memory``, because later upstream versions kept its weights and skipped it (spec 3.2).
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.has_cross_attention = not config.skip_memory_cross_attention
+        self.stm = (
+            ShortTermMemory(config.num_layers, config.stm_size, config.embed_dim) if self.has_cross_attention else None
+        )
+        self.layers = nn.ModuleList(
+            TransformerLayer(
+                config,
+                reads_memory=self.has_cross_attention,
+                use_moe=config.use_moe,
+                feed_forward_dim=config.ff_dim,
+            )
+            for _ in range(config.num_layers)
+        )
+        self.rotary = rotary_positions(config)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The residual stream after every layer, (L, B, T, D)."""
+        x = self.embedding(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        angles = None if self.rotary is None else self.rotary.angles(positions, x.dtype)
+        states = []
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, TransformerLayer)
+            memory = None
+            if self.stm is not None and self.config.reads_memory:
+                memory = layer.project_memory(self.stm.memory[index])
+            x, _ = layer(x, angles, causal=False, attention_mask=attention_mask, memory=memory)
+            states.append(x)
+        return torch.stack(states)
+
+
+class RxTEncoder(PretrainedModel):
+    """Encoder of a Reactive Transformer.
+
+    Args:
+        config: a :class:`TransformerConfig` or a mapping of its fields; plain encoders set
+            ``skip_memory_cross_attention=True``.
+
+    Example:
+        >>> encoder = RxTEncoder(TransformerConfig(num_layers=2, vocab_size=50, embed_dim=32, ff_dim=64, att_heads=4,
+        ...     att_groups=2, att_query_groups=2, skip_memory_cross_attention=True))
+        >>> encoder(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([2, 1, 3, 32])
+    """
+
+    component: ClassVar[Component] = "encoder"
+
+    def __init__(self, config: TransformerConfig | Mapping[str, Any]) -> None:
+        super().__init__()
+        self.config = config if isinstance(config, TransformerConfig) else TransformerConfig.from_dict(dict(config))
+        self.model = EncoderNetwork(self.config)
+
+    @classmethod
+    def _from_config(cls, config: Mapping[str, Any], *, tokenizer: Any = None) -> RxTEncoder:
+        return cls(config)
+
+    def _config(self) -> dict[str, Any]:
+        return self.config.to_dict()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Encode an interaction.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, T) bool, True at real tokens.
+
+        Returns:
+            (L, B, T, D): the residual stream after every layer, without a final norm.
+
+        Raises:
+            TypeError, ValueError: ids or mask that do not fit, named in a sentence.
+        """
+        check_token_ids(input_ids, attention_mask, self.config.vocab_size)
+        states: Tensor = self.model(input_ids, None if attention_mask is None else attention_mask.bool())
+        return states

@@ -1,0 +1,52 @@
+"""Memory attention as a model of its own that can be loaded and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from rxt_model.checkpoint.hub import Component, PretrainedModel
+from rxt_model.config import MemoryAttentionConfig
+from rxt_model.memory import MemoryAttentionNetwork, ShortTermMemory
+
+
+class RxTMemoryAttention(PretrainedModel):
+    """The network that writes an encoded interaction into short-term memory, in any of its variants (spec 2.12).
+
+    Args:
+        config: a :class:`MemoryAttentionConfig` or a mapping of its fields; ``config.variant`` selects the variant.
+
+    Example:
+        >>> import torch
+        >>> network = RxTMemoryAttention(MemoryAttentionConfig(num_layers=2, embed_dim=32, att_heads=4, att_groups=2,
+        ...     att_query_groups=2, stm_size=8))
+        >>> network(torch.randn(2, 1, 5, 32)).shape
+        torch.Size([2, 1, 8, 32])
+    """
+
+    component: ClassVar[Component] = "memory_attention"
+
+    def __init__(self, config: MemoryAttentionConfig | Mapping[str, Any]) -> None:
+        super().__init__()
+        is_config = isinstance(config, MemoryAttentionConfig)
+        self.config = config if is_config else MemoryAttentionConfig.from_dict(dict(config))
+        self.model = MemoryAttentionNetwork(self.config)
+
+    @classmethod
+    def _from_config(cls, config: Mapping[str, Any], *, tokenizer: Any = None) -> RxTMemoryAttention:
+        return cls(config)
+
+    def _config(self) -> dict[str, Any]:
+        return self.config.to_dict()
+
+    @property
+    def stm(self) -> ShortTermMemory:
+        """The short-term memory this network updates."""
+        return self.model.stm
+
+    def forward(self, encoded: Tensor, attention_mask: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
+        """New memory (L, B, S, D) from encoded states (L, B, T, D), a (B, T) mask and the old memory; stores nothing."""
+        updated: Tensor = self.model(encoded, None if attention_mask is None else attention_mask.bool(), memory)
+        return updated
