@@ -1,0 +1,151 @@
+"""The one place where a backend is chosen, explained, or refused.
+
+Every public operation owns one :class:`Operation`. It always has the eager reference, which is the definition; faster
+backends register themselves with :meth:`Operation.register` together with a ``supports`` function, which is called with
+the arguments of the operation and answers None (supported) or a sentence (the reason why not).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = ["BACKENDS", "Backend", "Operation", "available_backends", "explain", "operations"]
+
+BACKENDS: tuple[str, ...] = ("reference", "triton", "native")
+"""Every backend name that is known; the order says nothing about preference."""
+
+_logger = logging.getLogger("rxt_kernels")
+_operations: dict[str, Operation] = {}
+
+
+class Backend(NamedTuple):
+    """One fast implementation of an operation: same arguments and result as the reference."""
+
+    name: str
+    function: Callable[..., Any]
+    supports: Callable[..., str | None]
+
+
+class Operation:
+    """The implementations of one public operation, in order of preference, with the reference last.
+
+    Example:
+        >>> from rxt_kernels.dispatch import operations
+        >>> operations()["rms_norm"].select("reference").__name__
+        'rms_norm_reference'
+    """
+
+    __slots__ = ("_told", "accelerated", "name", "reference")
+
+    def __init__(self, name: str, reference: Callable[..., Any]) -> None:
+        if name in _operations:
+            raise ValueError(f"The operation {name!r} is already registered; every operation has one reference.")
+        self.name = name
+        self.reference = reference
+        self.accelerated: tuple[Backend, ...] = ()
+        self._told: set[str] = set()
+        _operations[name] = self
+
+    def register(self, backend: str, function: Callable[..., Any], supports: Callable[..., str | None]) -> None:
+        """Add a fast backend; of several that support a call, `auto` takes the one registered first."""
+        if backend not in BACKENDS or backend == "reference":
+            raise ValueError(f"backend is {backend!r}; a fast backend is one of {', '.join(BACKENDS[1:])}.")
+        if any(known.name == backend for known in self.accelerated):
+            raise ValueError(f"{self.name} already has a {backend} backend; it can be registered once.")
+        self.accelerated = (*self.accelerated, Backend(backend, function, supports))
+
+    def select(self, backend: str, *arguments: Any) -> Callable[..., Any]:
+        """The implementation that answers to `backend` for these (already checked) arguments.
+
+        Raises:
+            ValueError: the name is unknown, or the backend cannot take this call; the message is its reason.
+        """
+        # One comparison on the decode path: nothing else is decided while only the reference exists.
+        if backend == "reference" or (backend == "auto" and not self.accelerated):
+            return self.reference
+        if backend != "auto":
+            return self._requested(backend, arguments)
+        for candidate in self.accelerated:
+            reason = candidate.supports(*arguments)
+            if reason is None:
+                return candidate.function
+            self._tell_once(candidate.name, reason)
+        return self.reference
+
+    def _requested(self, backend: str, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+        if backend not in BACKENDS:
+            raise ValueError(
+                f"backend is {backend!r}, which is not known; it is one of 'auto', "
+                + ", ".join(repr(name) for name in BACKENDS)
+                + "."
+            )
+        for candidate in self.accelerated:
+            if candidate.name == backend:
+                reason = candidate.supports(*arguments)
+                if reason is not None:
+                    raise ValueError(f"backend={backend!r} cannot run this call of {self.name}: {reason}")
+                return candidate.function
+        raise ValueError(_absent(self.name, backend))
+
+    def _tell_once(self, backend: str, reason: str) -> None:
+        if torch.compiler.is_compiling() or backend in self._told:
+            return
+        self._told.add(backend)
+        _logger.warning("%s runs on another backend than %s: %s (said once)", self.name, backend, reason)
+
+
+def _absent(operation: str, backend: str) -> str:
+    return (
+        f"backend={backend!r} was asked for, but this build has no {backend} backend for {operation}; use "
+        "backend='auto' or 'reference', and see why it is missing with `python -m rxt_kernels.info`."
+    )
+
+
+def operations() -> dict[str, Operation]:
+    """Every registered operation by name."""
+    return dict(_operations)
+
+
+def available_backends(operation: str) -> tuple[str, ...]:
+    """Names of the backends that this build has for `operation`, fastest first.
+
+    Raises:
+        ValueError: there is no such operation.
+
+    Example:
+        >>> import rxt_kernels
+        >>> "reference" in available_backends("rms_norm")
+        True
+    """
+    return (*(backend.name for backend in _find(operation).accelerated), "reference")
+
+
+def explain(operation: str, backend: str) -> str:
+    """One sentence: whether this build has `backend` for `operation`.
+
+    Raises:
+        ValueError: the operation or the backend name is unknown.
+
+    Example:
+        >>> import rxt_kernels
+        >>> explain("rms_norm", "reference")
+        'rms_norm has the reference backend: the eager definition, on every device.'
+    """
+    found = _find(operation)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, which is not known; it is one of {', '.join(BACKENDS)}.")
+    if backend == "reference":
+        return f"{operation} has the reference backend: the eager definition, on every device."
+    if backend in available_backends(found.name):
+        return f"{operation} has the {backend} backend; a call that it cannot take is refused with the reason."
+    return f"This build has no {backend} backend for {operation}."
+
+
+def _find(operation: str) -> Operation:
+    if operation not in _operations:
+        raise ValueError(f"operation is {operation!r}, which is not known; it is one of {', '.join(_operations)}.")
+    return _operations[operation]

@@ -1,0 +1,227 @@
+"""Mixture of experts, the definition (specification 2.7, 2.8).
+
+Routing: ``p = softmax(x Wg^T)`` over all E experts; the K largest are kept and renormalised, ``w = p / (sum p + 1e-9)``.
+No capacity limit, no dropped token.
+
+    expert_e(x) = (l * act(g)) W2_e + b2_e    with [l, g] = x W1_e + b1_e          (not gated: act(x W1_e + b1_e))
+    routed(x)   = sum over the K chosen experts of w_k * expert_k(x)
+    shared(x)   = expert(x) for one shared expert, sum_j softmax(x Ws^T)_j * expert_j(x) for n > 1, + its global bias
+    output      = routed + shared, or routed * K / (K + n) + shared * n / (K + n) if weighted; + global bias, unscaled
+
+Load balance: ``E * sum_e f_e * pbar_e`` with ``f_e = count_e / (N K + 1e-6)`` and pbar_e the mean, over the tokens that
+chose e, of p before renormalisation. (The Switch loss averages over all tokens instead.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ExpertTensors: TypeAlias = Tensor | Sequence[Tensor]
+"""One stacked tensor, applied as x @ w[e], or one tensor per expert in the layout of torch.nn.Linear."""
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "sigmoid": torch.sigmoid,
+    "linear": lambda x: x,
+}
+
+ACCUMULATIONS = ("descending_probability", "expert_index")
+
+
+class Routing(NamedTuple):
+    """Which experts each of N tokens goes to: K columns in the order of falling probability."""
+
+    weights: Tensor
+    """(N, K) renormalised weights, float32 or wider."""
+    experts: Tensor
+    """(N, K) int64 expert numbers."""
+    probabilities: Tensor
+    """(N, K) probabilities before the renormalisation."""
+
+
+class SharedExperts(NamedTuple):
+    """Experts that every token goes through; either layout of :data:`ExpertTensors`, any width."""
+
+    w1: ExpertTensors
+    w2: ExpertTensors
+    b1: ExpertTensors | None = None
+    b2: ExpertTensors | None = None
+    gate_weight: Tensor | None = None
+    """(n, D), given exactly if n > 1."""
+    global_bias: Tensor | None = None
+    """(D,) added to the sum of the shared experts."""
+    weighted: bool = False
+    """Scale routed experts by K / (K + n) and shared ones by n / (K + n)."""
+
+
+class MixtureOfExpertsOutput(NamedTuple):
+    """What :func:`mixture_of_experts` returns."""
+
+    output: Tensor
+    """Like x."""
+    load_balance_loss: Tensor
+    """Scalar, float32 or wider."""
+
+
+def route_reference(x: Tensor, router_weight: Tensor, top_k: int, router_dtype: torch.dtype | None = None) -> Routing:
+    """x (N, D), router_weight (E, D) -> Routing; the logits are taken in `router_dtype`, the softmax in float32."""
+    if router_dtype is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(router_dtype), router_weight.to(router_dtype))
+    else:
+        logits = F.linear(x, router_weight)
+    every = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    probabilities, experts = every.topk(top_k, dim=-1)
+    weights = probabilities / (probabilities.sum(dim=-1, keepdim=True) + 1e-9)
+    return Routing(weights, experts, probabilities)
+
+
+def load_balance_loss_reference(probabilities: Tensor, number_of_experts: int) -> Tensor:
+    """probabilities (N, K) of the chosen experts -> scalar.
+
+    f_e * pbar_e = (count_e / (N K + 1e-6)) * (sum_e / count_e): the counts cancel, and nothing has to be counted.
+    """
+    return probabilities.sum() * (number_of_experts / (probabilities.numel() + 1e-6))
+
+
+def expert_reference(
+    x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, activation: str, gated: bool
+) -> Tensor:
+    """One feed-forward network: x (N, D), w1 (2F or F, D), w2 (D, F) -> (N, D)."""
+    hidden = F.linear(x, w1, b1)
+    if gated:
+        linear, gate = hidden.chunk(2, dim=-1)
+        hidden = linear * ACTIVATIONS[activation](gate)
+    else:
+        hidden = ACTIVATIONS[activation](hidden)
+    return F.linear(hidden, w2, b2)
+
+
+class Experts:
+    """E feed-forward networks in either layout; `Experts(...)(x, e)` is expert e of x."""
+
+    def __init__(
+        self,
+        w1: ExpertTensors,
+        w2: ExpertTensors,
+        b1: ExpertTensors | None,
+        b2: ExpertTensors | None,
+        activation: str,
+        gated: bool,
+    ) -> None:
+        self.count = len(w1)
+        self.stacked = isinstance(w1, Tensor)
+        if self.stacked and torch.is_grad_enabled():
+            # The gradient of one unbind is one stack; that of E single selections would be E tensors of full size.
+            w1, w2, b1, b2 = (None if t is None else t.unbind() for t in (w1, w2, b1, b2))
+        self.w1, self.w2, self.b1, self.b2 = w1, w2, b1, b2
+        self.activation, self.gated = activation, gated
+
+    def __call__(self, x: Tensor, expert: int) -> Tensor:
+        w1, w2 = self.w1[expert], self.w2[expert]
+        return expert_reference(
+            x,
+            w1.t() if self.stacked else w1,
+            w2.t() if self.stacked else w2,
+            None if self.b1 is None else self.b1[expert],
+            None if self.b2 is None else self.b2[expert],
+            self.activation,
+            self.gated,
+        )
+
+
+def routed_experts_reference(x: Tensor, routing_weights: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
+    """x (N, D), routing_weights and chosen (N, K) -> sum_k routing_weights[:, k] * expert_{chosen[:, k]}(x), (N, D).
+
+    Tokens are grouped by expert, so that each expert that has tokens runs once; the host reads the group sizes. The sum
+    runs over the columns from first to last. The result has the dtype of the weights, float32 or wider.
+    """
+    tokens, top_k = chosen.shape
+    if tokens == 0:
+        return x.to(routing_weights.dtype)
+    if tokens == 1:
+        columns = [experts(x, expert) for expert in chosen[0].tolist()]
+    else:
+        flat = chosen.flatten()
+        order = flat.argsort(stable=True)
+        sizes = torch.bincount(flat, minlength=experts.count).tolist()
+        groups = x.index_select(0, order // top_k).split(sizes)
+        results = [experts(group, expert) for expert, group in enumerate(groups) if sizes[expert]]
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        columns = list(torch.cat(results).index_select(0, back).unflatten(0, (tokens, top_k)).unbind(1))
+    column_weights = routing_weights.split(1, dim=1)
+    total = columns[0].to(routing_weights.dtype) * column_weights[0]
+    for column, weight in zip(columns[1:], column_weights[1:], strict=True):
+        total = torch.addcmul(total, column.to(routing_weights.dtype), weight)
+    return total
+
+
+def shared_experts_reference(x: Tensor, shared: SharedExperts, activation: str, gated: bool) -> tuple[Tensor, Tensor]:
+    """x (N, D) -> (output (N, D), gate imbalance mean|softmax - 1/n|, which is 0 for one shared expert)."""
+    experts = Experts(shared.w1, shared.w2, shared.b1, shared.b2, activation, gated)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    imbalance = torch.zeros((), dtype=wide, device=x.device)
+    if shared.gate_weight is None:
+        output = experts(x, 0).to(wide)
+    else:
+        shares = torch.softmax(F.linear(x, shared.gate_weight), dim=-1, dtype=wide)
+        imbalance = (shares - 1.0 / experts.count).abs().mean()
+        output = torch.zeros(x.shape, dtype=wide, device=x.device)
+        for number, share in enumerate(shares.split(1, dim=1)):
+            output = torch.addcmul(output, experts(x, number).to(wide), share)
+    if shared.global_bias is not None:
+        output = output + shared.global_bias
+    return output, imbalance
+
+
+def mixture_of_experts_reference(
+    x: Tensor,
+    router_weight: Tensor,
+    w1: ExpertTensors,
+    w2: ExpertTensors,
+    top_k: int,
+    b1: ExpertTensors | None = None,
+    b2: ExpertTensors | None = None,
+    global_bias: Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    shared: SharedExperts | None = None,
+    router_dtype: torch.dtype | None = None,
+    accumulation: str = "descending_probability",
+) -> MixtureOfExpertsOutput:
+    """x (..., D) -> MixtureOfExpertsOutput(output (..., D), load_balance_loss)."""
+    flat = x.reshape(-1, x.shape[-1])
+    number_of_experts = router_weight.shape[0]
+    weights, chosen, probabilities = route_reference(flat, router_weight, top_k, router_dtype)
+    loss = load_balance_loss_reference(probabilities, number_of_experts)
+    weights = weights.to(torch.promote_types(x.dtype, torch.float32))
+    if accumulation == "expert_index":
+        chosen, by_index = chosen.sort(dim=-1)
+        weights = weights.gather(-1, by_index)
+    if torch.compiler.is_compiling():
+        # The sizes of the groups depend on data, so a graph holds this step as one opaque operation.
+        from rxt_kernels.mixture_of_experts.library import routed_experts_in_graph
+
+        output = routed_experts_in_graph(flat, weights, chosen, w1, w2, b1, b2, activation, gated)
+    else:
+        output = routed_experts_reference(flat, weights, chosen, Experts(w1, w2, b1, b2, activation, gated))
+    if shared is not None:
+        shared_output, imbalance = shared_experts_reference(flat, shared, activation, gated)
+        number_shared = len(shared.w1)
+        if shared.weighted:
+            output = output * (top_k / (top_k + number_shared))
+            shared_output = shared_output * (number_shared / (top_k + number_shared))
+        output = output + shared_output
+        if number_shared > 1 and isinstance(shared.w1, Tensor):
+            loss = loss + imbalance
+    if global_bias is not None:
+        output = output + global_bias
+    return MixtureOfExpertsOutput(output.to(x.dtype).view(x.shape), loss)
