@@ -16,6 +16,7 @@ VERSIONS = ("0.2.31", "0.3.92")
 
 VOCABULARY, DIM, SLOTS, LAYERS, LENGTH = 97, 32, 8, 3, 48
 TOKENIZER = {"bos_token_id": 2, "eos_token_id": 3, "answer_token_id": 6, "query_token_id": 5, "pad_token_id": 0}
+END = {"0.2.31": 3, "0.3.92": 79}
 BETA_TOKENIZER = {
     **TOKENIZER,
     "think_token_id": 4,
@@ -90,14 +91,14 @@ def full(
     upstream_class: str = "RxTAlpha",
     saving: str = "shared",
     interaction: bool = False,
-    gap_seed: int = 0,
+    end_token: int = TOKENIZER["eos_token_id"],
 ) -> Case:
     """A complete model: decoder, encoder and memory attention in one file."""
     arguments: dict[str, Any] = {
         "decoder_config": {**COMPONENT, **(decoder or {})},
         "encoder_config": {**ENCODER, **(encoder or {})},
         "memory_attention_config": {**MEMORY, **INTERLAYER, **(memory or {})},
-        "tokenizer_config": TOKENIZER,
+        "tokenizer_config": {**TOKENIZER, "eos_token_id": end_token},
     }
     if variant is not None:
         arguments["memory_attention_variant"] = variant
@@ -110,7 +111,7 @@ def full(
         "saving": saving,
         "interaction": interaction,
         "sizes": {**SIZES, "layers": layers, "dim": arguments["decoder_config"]["embed_dim"]},
-        "seed": _seed(name) + gap_seed,
+        "seed": _seed(name),
     }
 
 
@@ -357,6 +358,7 @@ def full_cases(version: str) -> list[Case]:
         ),
         full("alpha-ungated", {}, {}, {}, saving="separate"),
         full("alpha-reversed-heads", {**REVERSED, **MOE}, REVERSED, {**LINEAR, **reversed_memory}),
+        full("alpha-ends-early", MOE, {}, ELEMENTWISE, interaction=True, end_token=END[version]),
         full("alpha-interlayer", MOE, {}, LINEAR, variant="interlayer", interaction=True),
         full("beta-elementwise", {**MOE, **more_queries}, {}, ELEMENTWISE, variant=None, upstream_class="RxTBeta"),
         full("alpha-norm-rms", {"use_head_norm": True}, {}, {**LINEAR, "norm_type": "rms"}),

@@ -23,10 +23,14 @@ Everything known here about upstream was found by running it. The quirks that a 
   an empty list has to be put in its place by hand. `interact` of 0.2.31 gives the wrong position to cached steps, so
   it is only a reference with `use_self_attn_cache=False`.
 * `interact` asks for an attention mask, and greedy decoding is `top_k=1` since temperature 0 is an error.
+* `batch_interact` and `batch_interactions` read the attributes `device` and `end_token_id`, which no version sets. With
+  both set by hand they work, in 0.2.31 also with the cache, on ids padded to `max_seq_len`.
+* The caches of final stateless layers are never cleared, so every conversation here runs on a fresh copy of the model.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import math
@@ -159,27 +163,43 @@ def evaluate_full(model: Any, inputs: Tensors) -> Tensors:
     return outputs
 
 
-def evaluate_interaction(model: Any, inputs: Tensors) -> Tensors:
-    """The streaming call itself, greedily: its ids with the two sentinels, and the memory it leaves behind."""
+def evaluate_interaction(model: Any, inputs: Tensors, end_token: int) -> Tensors:
+    """The streaming calls themselves, greedily: their ids with the two sentinels, and the memory they leave behind."""
     inner = model.decoder.model
     if getattr(inner, "stateless_layers", ()) is None:
         inner.stateless_layers = torch.nn.ModuleList()
-    model.set_batch_mode(False)
-    model.load_stm_state(inputs["memory"].clone())
-    ids = inputs["ids"].clone()
     cached = hasattr(inner, "stateless_layers")  # 0.2.31 has no such attribute: its cached positions are wrong
-    arguments: dict[str, Any] = {"thinking_mode": "fast"} if cached and type(model).__name__ == "RxTBeta" else {}
-    stream = list(
-        model.interact(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            top_k=1,
-            max_seq_len=INTERACTION_LENGTH,
-            use_self_attn_cache=cached,
-            **arguments,
-        )
+    model.device, model.end_token_id = torch.device("cpu"), end_token
+    arguments: dict[str, Any] = {"top_k": 1, "max_seq_len": INTERACTION_LENGTH}
+    outputs: Tensors = {}
+
+    alone = copy.deepcopy(model)
+    alone.set_batch_mode(False)
+    alone.load_stm_state(inputs["memory"].clone())
+    ids = inputs["ids"].clone()
+    thinking = {"thinking_mode": "fast"} if cached and type(model).__name__ == "RxTBeta" else {}
+    stream = alone.interact(
+        ids, attention_mask=torch.ones_like(ids), use_self_attn_cache=cached, **arguments, **thinking
     )
-    return {"interaction": torch.tensor(stream), "interaction_memory": model.export_stm_state().clone()}
+    outputs["interaction"] = torch.tensor(list(stream))
+    outputs["interaction_memory"] = alone.export_stm_state().clone()
+
+    ids, mask = inputs["ids_batch"], inputs["mask_batch"]
+    padding = INTERACTION_LENGTH - ids.shape[1]
+    ids = torch.nn.functional.pad(ids * mask, (0, padding))
+    mask = torch.nn.functional.pad(mask, (0, padding))
+    model.set_batch_mode(True, ids.shape[0])
+    model.load_stm_state(inputs["memory_batch"].clone())
+    batch = copy.deepcopy(model)
+    steps = batch.batch_interact(ids.clone(), attention_mask=mask.clone(), **arguments)
+    outputs["batch_interaction"] = torch.stack(list(steps))
+    outputs["batch_interaction_memory"] = batch.export_stm_state().clone()
+    batch = copy.deepcopy(model)
+    whole, whole_mask = batch.batch_interactions(
+        ids.clone(), attention_mask=mask.clone(), return_interactions_with_queries=True, **arguments
+    )
+    outputs["batch_whole"], outputs["batch_whole_mask"] = whole.clone(), whole_mask.clone()
+    return outputs
 
 
 def evaluate_decoder(model: Any, inputs: Tensors) -> Tensors:
@@ -260,7 +280,8 @@ def produce(case: dict[str, Any], directory: pathlib.Path) -> None:
     save_upstream(model, case, directory / "model")
     outputs = EVALUATE[case["kind"]](model, inputs)
     if case.get("interaction"):
-        outputs.update(evaluate_interaction(model, inputs))
+        end_token = case["arguments"]["tokenizer_config"]["eos_token_id"]
+        outputs.update(evaluate_interaction(model, inputs, end_token))
     write(directory, inputs, outputs)
 
 
