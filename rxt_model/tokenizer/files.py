@@ -85,7 +85,7 @@ def locate_tokenizer_file(
         )
     name = os.fspath(directory_or_hub_id)
     path = Path(name)
-    if path.exists():
+    if name and path.exists():
         if revision is not None:
             raise ValueError(
                 f"revision is {revision!r}, but {path} is a local path and has no revisions: leave revision out."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 from .tokenizer import Tokenizer
 
@@ -37,8 +37,10 @@ class TokenStream:
         )
         self._finished = False
 
-    def push(self, token_id: int) -> str:
-        """Take the next id and return the characters it completes, often none or several.
+    def push(self, token_id: SupportsIndex) -> str:
+        """Take the next id and return the characters it completes: none, one or several.
+
+        The id is an int or an integer tensor of no dimensions.
 
         Raises:
             TypeError: it is not an integer.

@@ -17,7 +17,7 @@ import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import tokenizers
 
@@ -346,11 +346,11 @@ class Tokenizer:
             raise TypeError(f"token is a {type(token).__name__}: give a str.")
         return self._vocabulary.get(token)
 
-    def id_to_token(self, token_id: int) -> str | None:
+    def id_to_token(self, token_id: SupportsIndex) -> str | None:
         """The token of an id as the file writes it, or None where there is none."""
         return self._table.tokens.get(_as_integer(token_id, "token_id"))
 
-    def token_bytes(self, token_id: int) -> bytes:
+    def token_bytes(self, token_id: SupportsIndex) -> bytes:
         """The bytes that an id stands for, with the prefix space where it has one.
 
         Raises:
