@@ -17,6 +17,7 @@ Padding = Literal["mask", "dilute"]
 
 ATTENTION_TYPES = ("mha", "gqa", "mqa", "sqa")
 ACTIVATIONS = ("swish", "silu", "relu", "gelu", "sigmoid", "linear")
+ATTENTION_GATE_ACTIVATIONS = (*ACTIVATIONS, "tanh")
 GATE_TYPES = ("static", "elementwise", "linear")
 SLOT_STATUS_TYPES = ("mean", "linear")
 MEMORY_NORM_TYPES = ("classic-rms", "rms", "adaptive", "positional", "layer")
@@ -210,7 +211,7 @@ class TransformerConfig(_Config):
             "num_experts", "moe_top_k", "dense_layer_dim", "rope_base",
         )  # fmt: skip
         self._require_choice("ff_activation", ACTIVATIONS)
-        self._require_choice("gated_attention_activation", ACTIVATIONS)
+        self._require_choice("gated_attention_activation", ATTENTION_GATE_ACTIVATIONS)
         self._require_choice("moe_bias_mode", BIAS_MODES)
         self._require_choice("moe_shared_experts_bias_mode", BIAS_MODES)
         self._require_choice("router_dtype", ("float32", "bfloat16", "float16"))

@@ -15,6 +15,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # exact, not the tanh approximation (spec 2.7)
     "sigmoid": torch.sigmoid,
     "linear": lambda x: x,
+    "tanh": torch.tanh,  # gated attention only; upstream has no feed-forward with it
 }
 
 

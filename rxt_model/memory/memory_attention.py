@@ -47,9 +47,9 @@ class MemoryNorm(nn.Module):
             self.ema_rms = torch.ones(slots, 1)
         else:
             self.scale = nn.Parameter(torch.ones(dim))
-            self.gate = nn.Parameter(torch.tensor(config.norm_init_gate))
+            self.gate = nn.Parameter(torch.full((1,), config.norm_init_gate))
             if self.kind == "adaptive":
-                self.ema_rms = torch.tensor(1.0)
+                self.ema_rms = torch.ones(1)
             elif self.kind == "layer":
                 self.norm = nn.LayerNorm(dim)
 
