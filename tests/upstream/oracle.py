@@ -223,14 +223,32 @@ def evaluate_encoder(model: Any, inputs: Tensors) -> Tensors:
     return outputs
 
 
+def run_updates(model: Any, inputs: Tensors, suffix: str) -> Tensors:
+    """The memory after each of several updates from an explicit state."""
+    updates = inputs["encoded" + suffix]
+    mask = inputs["mask_batch"] if suffix else torch.ones(1, updates.shape[-2], dtype=torch.bool)
+    set_memory(model.model.stm, inputs["memory" + suffix])
+    return {
+        f"memory_after_{count}{suffix}": model(encoded, attention_mask=mask).clone()
+        for count, encoded in enumerate(updates, start=1)
+    }
+
+
 def evaluate_memory_attention(model: Any, inputs: Tensors) -> Tensors:
+    outputs = {**run_updates(model, inputs, ""), **run_updates(model, inputs, "_batch")}
+    if any(name.endswith("ema_rms") for name, _ in model.named_buffers()):
+        outputs.update(evaluate_training(model, inputs))
+    return outputs
+
+
+def evaluate_training(model: Any, inputs: Tensors) -> Tensors:
+    """Memory updates in training mode, where the running statistics of two memory norms move; and those statistics."""
     outputs: Tensors = {}
     for suffix in ("", "_batch"):
-        updates = inputs["encoded" + suffix]
-        mask = inputs["mask_batch"] if suffix else torch.ones(1, updates.shape[-2], dtype=torch.bool)
-        set_memory(model.model.stm, inputs["memory" + suffix])
-        for count, encoded in enumerate(updates, start=1):
-            outputs[f"memory_after_{count}{suffix}"] = model(encoded, attention_mask=mask).clone()
+        trained = copy.deepcopy(model).train()
+        outputs.update({f"training_{k}": v for k, v in run_updates(trained, inputs, suffix).items()})
+        statistics = {k: v for k, v in trained.named_buffers() if k.endswith("ema_rms")}
+        outputs.update({f"statistics{suffix}.{k}": v for k, v in statistics.items()})
     return outputs
 
 
