@@ -53,7 +53,7 @@ def alike(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
 def refuse_device(name: str, value: Tensor, like_name: str, like: Tensor) -> NoReturn:
     """Raise ValueError about tensors on different devices."""
     raise ValueError(
-        f"{name} is on {value.device}; accepted is the device of {like_name}, {like.device}: move one of them with .to()."
+        f"{name} is on {value.device}; accepted is the device of {like_name}, {like.device}: move one with .to(device)."
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rxt_kernels.rotary.reference import rotary_reference
 from rxt_kernels.sparse_query_attention.reference import sparse_query_attention_reference
 
 
@@ -23,14 +24,12 @@ def memory_cross_attention_reference(
     scale: float | None = None,
 ) -> Tensor:
     """query (B, T, Hq, dh), memory_key and memory_value (1 | B, S, Hkv, dh) -> (B, T, max(Hq, Hkv), dh)."""
-    batch = query.shape[0]
-    memory_batch = memory_key.shape[0]
-    return sparse_query_attention_reference(
-        query,
-        memory_key if memory_batch == batch else memory_key.expand(batch, -1, -1, -1),
-        memory_value if memory_batch == batch else memory_value.expand(batch, -1, -1, -1),
-        query_angles=query_angles,
-        rotary_layout=rotary_layout,
-        dropout=dropout,
-        scale=scale,
-    )
+    batch, time = query.shape[0], query.shape[1]
+    if query_angles is not None:
+        query = rotary_reference(query, query_angles, rotary_layout)
+    shared = memory_key.shape[0] != batch
+    if shared:
+        # Queries do not see each other, so those of all rows can stand in one row, and the shared memory is read once.
+        query = query.reshape(1, batch * time, *query.shape[2:])
+    out = sparse_query_attention_reference(query, memory_key, memory_value, dropout=dropout, scale=scale)
+    return out.unflatten(1, (batch, time)).squeeze(0) if shared else out

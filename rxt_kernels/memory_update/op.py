@@ -148,7 +148,8 @@ def residual_gate(old: Tensor, new: Tensor, gate: ResidualGateParameters, *, bac
         (B, S, D) with the dtype of old.
 
     Raises:
-        TypeError, ValueError: a type, shape, dtype, device or name is not accepted, a parameter is missing or superfluous.
+        TypeError, ValueError: a type, shape, dtype, device or name is not accepted, or a parameter is missing or
+            superfluous.
 
     Example:
         >>> import torch
@@ -171,7 +172,7 @@ def memory_norm(x: Tensor, norm: MemoryNormParameters, *, training: bool = False
 
     Args:
         x: (B, S, D).
-        norm: kind and parameters; `norm.ema_rms` is updated in place in training, as the running mean of a batch norm is.
+        norm: kind and parameters; `norm.ema_rms` is updated in place in training, as batch norm does with its mean.
         training: whether running means are updated.
         backend: "auto", "reference", "triton" or "native".
 
@@ -179,7 +180,8 @@ def memory_norm(x: Tensor, norm: MemoryNormParameters, *, training: bool = False
         (B, S, D) with the dtype of x.
 
     Raises:
-        TypeError, ValueError: a type, shape, dtype, device or name is not accepted, a parameter is missing or superfluous.
+        TypeError, ValueError: a type, shape, dtype, device or name is not accepted, or a parameter is missing or
+            superfluous.
 
     Example:
         >>> import torch

@@ -6,7 +6,8 @@ Every layer i reads the old memory m and the encoded interaction ED_i; the new l
 
     simple                     main(m_i)
     self                       p = context_norm_i(m_i);   main(h_i(m_i, ContextAttn_i(p, p, p)))
-    interlayer                 p as above, mu = mean_norm(mean over layers of m);   main(h_i(m_i, ContextAttn_i(p, mu, mu)))
+    interlayer                 p as above, mu = mean_norm(mean over layers of m);
+                               main(h_i(m_i, ContextAttn_i(p, mu, mu)))
     gated-self-interlayer      p, mu as above, c = interlayer_gate_i(old = p, new = mu);
                                main(h_i(m_i, ContextAttn_i(p, c, c)))
     grouped-self-interlayer    the same, with mu of the L / groups neighbouring layers of i's group
@@ -38,7 +39,7 @@ LAYER_NORM_EPSILON = 1e-5
 def residual_gate_reference(old: Tensor, new: Tensor, gate: ResidualGateParameters) -> Tensor:
     """old, new (B, S, D) -> (B, S, D).
 
-    add: old + new.  replace: new.  Otherwise, with u = old + new and s(u) the slot status, mean over D or Linear(D -> 1):
+    add: old + new.  replace: new.  Else, with u = old + new and the slot status s(u), mean over D or Linear(D -> 1):
 
         static         G = act(w)
         elementwise    G = act(w * s(u)), s(u) (B, S, 1); not per slot: the mean over S and D, (B, 1, 1)
@@ -82,7 +83,7 @@ def memory_norm_reference(x: Tensor, norm: MemoryNormParameters, training: bool 
         positional   as rms; r is the running mean of r per slot, also outside of training
         layer        y = LayerNorm(x) * scale
 
-    The running means are updated in place, in training only, before they are used: ema = decay * ema + (1 - decay) * now.
+    Running means are updated in place, in training only, before they are used: ema = decay * ema + (1 - decay) * now.
     """
     if norm.kind == "classic-rms":
         assert norm.weight is not None

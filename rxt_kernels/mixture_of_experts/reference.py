@@ -1,7 +1,7 @@
 """Mixture of experts, the definition (specification 2.7, 2.8).
 
-Routing: ``p = softmax(x Wg^T)`` over all E experts; the K largest are kept and renormalised, ``w = p / (sum p + 1e-9)``.
-No capacity limit, no dropped token.
+Routing: ``p = softmax(x Wg^T)`` over all E experts; the K largest are kept and renormalised,
+``w = p / (sum p + 1e-9)``. No capacity limit, no dropped token.
 
     expert_e(x) = (l * act(g)) W2_e + b2_e    with [l, g] = x W1_e + b1_e          (not gated: act(x W1_e + b1_e))
     routed(x)   = sum over the K chosen experts of w_k * expert_k(x)
@@ -105,37 +105,60 @@ def expert_reference(
     return F.linear(hidden, w2, b2)
 
 
-class Experts:
-    """E feed-forward networks in either layout; `Experts(...)(x, e)` is expert e of x."""
+class Experts(NamedTuple):
+    """E feed-forward networks: `experts(x, e)` is expert e of x. Build it with :func:`make_experts`."""
 
-    def __init__(
-        self,
-        w1: ExpertTensors,
-        w2: ExpertTensors,
-        b1: ExpertTensors | None,
-        b2: ExpertTensors | None,
-        activation: str,
-        gated: bool,
-    ) -> None:
-        self.count = len(w1)
-        self.stacked = isinstance(w1, Tensor)
-        if self.stacked and torch.is_grad_enabled():
-            # The gradient of one unbind is one stack; that of E single selections would be E tensors of full size.
-            w1, w2, b1, b2 = (None if t is None else t.unbind() for t in (w1, w2, b1, b2))
-        self.w1, self.w2, self.b1, self.b2 = w1, w2, b1, b2
-        self.activation, self.gated = activation, gated
+    w1: ExpertTensors
+    w2: ExpertTensors
+    b1: ExpertTensors | None
+    b2: ExpertTensors | None
+    transposed: bool
+    """The matrices are stored input first, as a stacked tensor holds them."""
+    activation: str
+    gated: bool
 
     def __call__(self, x: Tensor, expert: int) -> Tensor:
         w1, w2 = self.w1[expert], self.w2[expert]
         return expert_reference(
             x,
-            w1.t() if self.stacked else w1,
-            w2.t() if self.stacked else w2,
+            w1.t() if self.transposed else w1,
+            w2.t() if self.transposed else w2,
             None if self.b1 is None else self.b1[expert],
             None if self.b2 is None else self.b2[expert],
             self.activation,
             self.gated,
         )
+
+
+def make_experts(
+    w1: ExpertTensors,
+    w2: ExpertTensors,
+    b1: ExpertTensors | None,
+    b2: ExpertTensors | None,
+    activation: str,
+    gated: bool,
+) -> Experts:
+    """The experts of either layout, ready to be called one by one."""
+    stacked = isinstance(w1, Tensor)
+    if stacked and torch.is_grad_enabled():
+        # The gradient of one unbind is one stack; that of E single selections would be E tensors of full size.
+        w1, w2, b1, b2 = _unbind(w1), _unbind(w2), b1 if b1 is None else _unbind(b1), b2 if b2 is None else _unbind(b2)
+    return Experts(w1, w2, b1, b2, stacked, activation, gated)
+
+
+def _unbind(tensors: ExpertTensors) -> ExpertTensors:
+    return tensors.unbind() if isinstance(tensors, Tensor) else tensors
+
+
+def group_by_expert(chosen: Tensor, number_of_experts: int) -> tuple[Tensor, Tensor, list[int]]:
+    """chosen (N, K) -> (order, back, sizes) of the N * K choices.
+
+    order (N * K,) lists the choices expert by expert, back undoes it, and sizes, on the host, counts each expert's.
+    """
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    return order, back, torch.bincount(flat, minlength=number_of_experts).tolist()
 
 
 def routed_experts_reference(x: Tensor, routing_weights: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
@@ -150,12 +173,9 @@ def routed_experts_reference(x: Tensor, routing_weights: Tensor, chosen: Tensor,
     if tokens == 1:
         columns = [experts(x, expert) for expert in chosen[0].tolist()]
     else:
-        flat = chosen.flatten()
-        order = flat.argsort(stable=True)
-        sizes = torch.bincount(flat, minlength=experts.count).tolist()
+        order, back, sizes = group_by_expert(chosen, len(experts.w1))
         groups = x.index_select(0, order // top_k).split(sizes)
         results = [experts(group, expert) for expert, group in enumerate(groups) if sizes[expert]]
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         columns = list(torch.cat(results).index_select(0, back).unflatten(0, (tokens, top_k)).unbind(1))
     column_weights = routing_weights.split(1, dim=1)
     total = columns[0].to(routing_weights.dtype) * column_weights[0]
@@ -166,14 +186,14 @@ def routed_experts_reference(x: Tensor, routing_weights: Tensor, chosen: Tensor,
 
 def shared_experts_reference(x: Tensor, shared: SharedExperts, activation: str, gated: bool) -> tuple[Tensor, Tensor]:
     """x (N, D) -> (output (N, D), gate imbalance mean|softmax - 1/n|, which is 0 for one shared expert)."""
-    experts = Experts(shared.w1, shared.w2, shared.b1, shared.b2, activation, gated)
+    experts = make_experts(shared.w1, shared.w2, shared.b1, shared.b2, activation, gated)
     wide = torch.promote_types(x.dtype, torch.float32)
     imbalance = torch.zeros((), dtype=wide, device=x.device)
     if shared.gate_weight is None:
         output = experts(x, 0).to(wide)
     else:
         shares = torch.softmax(F.linear(x, shared.gate_weight), dim=-1, dtype=wide)
-        imbalance = (shares - 1.0 / experts.count).abs().mean()
+        imbalance = (shares - 1.0 / len(shared.w1)).abs().mean()
         output = torch.zeros(x.shape, dtype=wide, device=x.device)
         for number, share in enumerate(shares.split(1, dim=1)):
             output = torch.addcmul(output, experts(x, number).to(wide), share)
@@ -212,7 +232,7 @@ def mixture_of_experts_reference(
 
         output = routed_experts_in_graph(flat, weights, chosen, w1, w2, b1, b2, activation, gated)
     else:
-        output = routed_experts_reference(flat, weights, chosen, Experts(w1, w2, b1, b2, activation, gated))
+        output = routed_experts_reference(flat, weights, chosen, make_experts(w1, w2, b1, b2, activation, gated))
     if shared is not None:
         shared_output, imbalance = shared_experts_reference(flat, shared, activation, gated)
         number_shared = len(shared.w1)

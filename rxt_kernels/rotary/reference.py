@@ -24,10 +24,20 @@ def rotary_reference(x: Tensor, angles: Tensor, layout: str = "interleaved") -> 
     Sine and cosine are taken in the dtype of the angles, the rotation in float32 or wider.
     """
     compute = torch.promote_types(torch.promote_types(x.dtype, angles.dtype), torch.float32)
-    cos = angles.cos().unsqueeze(-2).to(compute)
-    sin = angles.sin().unsqueeze(-2).to(compute)
-    first, second = x[..., 0::2].to(compute), x[..., 1::2].to(compute)
-    rotated = (first * cos - second * sin, first * sin + second * cos)
-    if layout == "interleaved":
-        return torch.stack(rotated, dim=-1).flatten(-2).to(x.dtype)
-    return torch.cat(rotated, dim=-1).to(x.dtype)
+    cos, sin = angles.cos().to(compute), angles.sin().to(compute)
+    wide = x.to(compute)
+    if torch.compiler.is_compiling():
+        # The formula as it stands above: compilers generate no code for complex numbers.
+        first, second = wide.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        rotated = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    else:
+        # The same formula as one product of complex numbers, (a + ib)(cos + i sin): two operations instead of nine.
+        if wide.is_contiguous() and wide.storage_offset() % 2 == 0:
+            pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+        else:
+            pairs = torch.complex(wide[..., 0::2], wide[..., 1::2])
+        rotated = torch.view_as_real(pairs * torch.complex(cos, sin).unsqueeze(-2))
+    if layout == "split":
+        rotated = rotated.transpose(-1, -2)
+    return rotated.flatten(-2).to(x.dtype)
