@@ -108,7 +108,6 @@ class PerExpertMixtureOfExperts(nn.Module):
             gated=options.gated,
             shared=self._shared(),
             router_dtype=options.router_dtype,
-            dropout=options.dropout if self.training else 0.0,
         )
 
 
@@ -192,7 +191,6 @@ class StackedMixtureOfExperts(nn.Module):
             gated=options.gated,
             shared=self._shared(),
             router_dtype=options.router_dtype,
-            dropout=options.dropout if self.training else 0.0,
         )
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks of rxt-kernels, one file per question asked; installed as ``rxt_benchmarks``."""

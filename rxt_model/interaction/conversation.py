@@ -1,0 +1,472 @@
+"""One message in, one streamed answer out, then one memory update: the conversation interface (spec 1 and 2.16)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rxt_model.interaction.decoding import CachedDecoding, Decoding, Step, UncachedDecoding, padded, stream_tokens
+from rxt_model.interaction.sampling import Sampler, SamplingOptions
+from rxt_model.interaction.state import (
+    ConversationState,
+    StateError,
+    load_state,
+    model_fingerprint,
+    save_state,
+)
+from rxt_model.interaction.templates import fits, required
+from rxt_model.interaction.text import MEMORY_UPDATE_END, MEMORY_UPDATE_START, TextInterface
+
+if TYPE_CHECKING:
+    from rxt_model.decoder import RxTDecoder
+    from rxt_model.encoder import RxTEncoder
+    from rxt_model.memory import ShortTermMemory
+    from rxt_model.memory_attention import RxTMemoryAttention
+
+THINKING_MODES = ("auto", "fast", "extended")
+
+
+def _tokens_of_one(steps: Generator[Step, None, None]) -> Iterator[int]:
+    with closing(steps):
+        for step in steps:
+            yield int(step.tokens[0])
+
+
+def _tokens_of_all(steps: Generator[Step, None, None]) -> Iterator[Tensor]:
+    with closing(steps):
+        for step in steps:
+            yield step.tokens
+
+
+class _OpenInteraction:
+    """An answer that is being streamed; its memory update happens once, whoever asks for it."""
+
+    def __init__(self, conversation: Conversation, rows: list[list[int]]) -> None:
+        self.rows = rows
+        self.is_open = True
+        self._conversation = conversation
+
+    def append(self, step: Step) -> None:
+        for row, token, active in zip(self.rows, step.tokens.tolist(), step.active.tolist(), strict=True):
+            if active:
+                row.append(token)
+
+    def commit(self) -> None:
+        """Write the interaction into memory, unless that has happened or it was abandoned."""
+        if self.is_open:
+            self.is_open = False
+            self._conversation._write_interaction(self.rows)
+
+    def abandon(self) -> None:
+        """Leave memory as it was."""
+        self.is_open = False
+
+
+class Conversation(TextInterface):
+    """Methods of a full model that talk and remember.
+
+    The memory update happens exactly once per interaction: after the end token, when the caller stops reading or closes
+    the stream, or at the latest when the next interaction begins or the state is read. An exception during decoding
+    leaves the memory as it was.
+    """
+
+    decoder: RxTDecoder
+    encoder: RxTEncoder
+    memory_attention: RxTMemoryAttention
+    turns: int
+    """Interactions written into memory since it was reset or initialised."""
+
+    @property
+    def stm(self) -> ShortTermMemory:
+        """The short-term memory; full models share one between their components."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        raise NotImplementedError
+
+    def _start_conversation(self) -> None:
+        self.turns = 0
+        self._open: _OpenInteraction | None = None
+        self._text_stream = None
+        self._text_rows = None
+
+    def _settle(self) -> None:
+        """Finish what an unfinished stream left undone."""
+        if self._open is not None:
+            self._open.commit()
+            self._open = None
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _write_interaction(self, rows: Sequence[Sequence[int]]) -> None:
+        input_ids, lengths = padded(rows, self.device)
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+        mask = None if len(set(map(len, rows))) == 1 else columns < lengths[:, None]
+        encoded = self.encoder(input_ids, mask)
+        self.stm.load(self.memory_attention(encoded, mask, self.stm.memory))
+        self.turns += 1
+
+    @torch.no_grad()
+    def init_stm_state(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, add_noise: float = 0.0, force: bool = False
+    ) -> None:
+        """Write an interaction into memory before the conversation starts, as a system prompt would be.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, T) bool, True at real tokens. A row without any keeps its memory.
+            add_noise: standard deviation of noise on the encoded states.
+            force: store the encoded states themselves instead of updating; T must equal the number of slots.
+
+        Raises:
+            ValueError: a batch that does not fit the memory, or ``force`` with a length that is not the slot count.
+        """
+        self._settle()
+        if add_noise < 0:
+            raise ValueError(f"add_noise is {add_noise}; a standard deviation is at least 0.")
+        self._check_rows(input_ids.shape[0])
+        if force and input_ids.shape[1] != self.stm.size:
+            raise ValueError(
+                f"force=True stores one encoded token per memory slot; input_ids has {input_ids.shape[1]} tokens and the "
+                f"memory {self.stm.size} slots."
+            )
+        mask = None if attention_mask is None else attention_mask.bool().to(self.device)
+        encoded = self.encoder(input_ids.to(self.device), mask)
+        if add_noise:
+            encoded = encoded + add_noise * torch.randn_like(encoded)
+        self.stm.load(encoded if force else self.memory_attention(encoded, mask, self.stm.memory))
+        self.turns = 0
+
+    def init_model(
+        self,
+        system_prompt: str | None = None,
+        max_seq_len: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Share components, move to a device, and write a system prompt into memory if one is given."""
+        self.share_components()
+        if device is not None:
+            self.to(device)  # type: ignore[attr-defined]
+        if system_prompt is not None:
+            ids = self.template.system_prompt(system_prompt, self.system_prompt_title)
+            fits(ids, max_seq_len or self.default_max_seq_len, room=0, what="the system prompt")
+            self.init_stm_state(torch.tensor([ids], device=self.device))
+
+    def share_components(self) -> None:
+        """Connect embeddings and memory; full models implement it."""
+        raise NotImplementedError
+
+    def reset_stm(self, init_type: str | None = None, seed: int | None = None) -> None:
+        """Forget the conversation; see :meth:`ShortTermMemory.reset`."""
+        self._abandon()
+        self.stm.reset(init_type=init_type, seed=seed)
+        self.turns = 0
+
+    def _abandon(self) -> None:
+        if self._open is not None:
+            self._open.abandon()
+            self._open = None
+
+    def set_batch_mode(self, use_batch: bool, batch_size: int | None = None) -> None:
+        """Hold one conversation per row of a batch, starting from what is remembered now, or go back to one.
+
+        Args:
+            use_batch: False keeps the first conversation only.
+            batch_size: conversations, with ``use_batch=True``.
+
+        Raises:
+            ValueError: ``use_batch`` without a batch size, or several conversations that would have to become another
+                number of conversations.
+        """
+        self._settle()
+        if not use_batch:
+            self.stm.select(0)
+            return
+        if batch_size is None:
+            raise ValueError("batch_size is None; set_batch_mode(True, batch_size=...) needs the number of conversations.")
+        self.stm.set_batch_size(batch_size)
+
+    def export_stm_state(self) -> Tensor:
+        """A detached copy of the memory, (L, B, S, D), after the last interaction is written."""
+        self._settle()
+        return self.stm.export()
+
+    def load_stm_state(self, memory: Tensor) -> None:
+        """Replace the memory; see :meth:`ShortTermMemory.load`. An unfinished interaction is dropped."""
+        self._abandon()
+        self.stm.load(memory)
+
+    def save_conversation(
+        self, path: str | os.PathLike[str], notes: Mapping[str, str] | None = None
+    ) -> Path:
+        """Save memory, turn count and this model's fingerprint to one safetensors file, whole or not at all.
+
+        Args:
+            path: the file to write.
+            notes: strings to keep with it, for instance a transcript.
+        """
+        self._settle()
+        state = ConversationState(self.stm.export(), self.turns, model_fingerprint(self._as_module()), notes or {})
+        return save_state(state, path)
+
+    def load_conversation(self, path: str | os.PathLike[str]) -> ConversationState:
+        """Continue a conversation that this model saved, here or elsewhere.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            StateError: the file is damaged, or another model's.
+        """
+        state = load_state(path)
+        own = model_fingerprint(self._as_module())
+        if state.fingerprint != own:
+            raise StateError(
+                f"{path} was saved by a model with fingerprint {state.fingerprint[:12]}, this one has {own[:12]}; a memory "
+                "means nothing to other weights. Load it with the model that saved it."
+            )
+        self.load_stm_state(state.memory)
+        self.turns = state.turns
+        return state
+
+    def _as_module(self) -> torch.nn.Module:
+        assert isinstance(self, torch.nn.Module)
+        return self
+
+    # -- answers ------------------------------------------------------------------------------------------------------
+
+    def interact(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        max_seq_len: int | None = None,
+        use_self_attn_cache: bool = True,
+        thinking_mode: str | None = None,
+        seed: int | None = None,
+    ) -> Iterator[int]:
+        """Answer one message token by token, then update the memory.
+
+        Args:
+            input_ids: (1, T) int64 from :meth:`tokenize_query`; padding is left out by the mask.
+            attention_mask: (1, T) bool, True at real tokens.
+            temperature, top_k, top_p, seed: see :class:`SamplingOptions`; temperature 0 is greedy.
+            max_seq_len: most tokens of message and answer together.
+            use_self_attn_cache: False runs the whole message again for every token, for checks.
+            thinking_mode: RxT-Beta only. ``fast`` opens the answer with [A], ``extended`` with [T], ``auto`` (the default
+                there) with whichever is more likely. The opening token is yielded.
+
+        Returns:
+            An iterator over token ids, the end token included; then -1 when the memory update starts, then -2.
+
+        Raises:
+            TypeError, ValueError: arguments that do not fit, before anything is computed.
+        """
+        prompts = self._prompts(input_ids, attention_mask)
+        if len(prompts) != 1 or self.stm.batch_size != 1:
+            raise ValueError(
+                f"interact takes one message and one conversation; input_ids has {len(prompts)} rows and the memory "
+                f"{self.stm.batch_size} conversations. Use batch_interact, or set_batch_mode(False)."
+            )
+        options = SamplingOptions(temperature, top_k, top_p, seed)
+        steps = self._answer(prompts, options, max_seq_len, use_self_attn_cache, thinking_mode)
+        return _tokens_of_one(steps)
+
+    def batch_interact(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        max_seq_len: int | None = None,
+        use_self_attn_cache: bool = True,
+        thinking_mode: str | None = None,
+        seed: int | Sequence[int] | None = None,
+    ) -> Iterator[Tensor]:
+        """Answer one message per conversation, all at once; each gets the tokens it would get alone.
+
+        Arguments as in :meth:`interact`, with (B, T) ids and mask, B being the batch size of :meth:`set_batch_mode`.
+
+        Returns:
+            An iterator over (B,) int64 tensors; rows that have ended repeat their last token. Then all -1, then all -2.
+
+        Raises:
+            TypeError, ValueError: arguments that do not fit, before anything is computed.
+        """
+        prompts = self._prompts(input_ids, attention_mask)
+        self._check_rows(len(prompts))
+        options = SamplingOptions(temperature, top_k, top_p, seed)
+        return _tokens_of_all(self._answer(prompts, options, max_seq_len, use_self_attn_cache, thinking_mode))
+
+    def batch_interactions(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        max_seq_len: int | None = None,
+        use_self_attn_cache: bool = True,
+        thinking_mode: str | None = None,
+        seed: int | Sequence[int] | None = None,
+        answers_only: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`batch_interact` without streaming.
+
+        Args:
+            answers_only: return answers, which start with the token that opens them, instead of whole interactions.
+
+        Returns:
+            ids (B, max_seq_len) int64, padded with 0, and their mask (B, max_seq_len) bool.
+        """
+        prompts = self._prompts(input_ids, attention_mask)
+        self._check_rows(len(prompts))
+        options = SamplingOptions(temperature, top_k, top_p, seed)
+        steps = self._answer(prompts, options, max_seq_len, use_self_attn_cache, thinking_mode)
+        rows = prompts
+        for step in steps:
+            if self._open is not None:
+                rows = self._open.rows
+            if int(step.tokens[0]) == MEMORY_UPDATE_END:
+                break
+        if answers_only:
+            rows = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+        width = max_seq_len or self.default_max_seq_len
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
+            mask[index, : len(row)] = True
+        return ids.to(self.device), mask.to(self.device)
+
+    def _prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+        from rxt_model.decoder import check_token_ids
+
+        check_token_ids(input_ids, attention_mask, self.decoder.config.vocab_size)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompts = [
+            [token for token, keep in zip(row, row_mask, strict=True) if keep]
+            for row, row_mask in zip(input_ids.tolist(), mask.tolist(), strict=True)
+        ]
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"row {index} of attention_mask is all False; every conversation needs a message.")
+        return prompts
+
+    def _check_rows(self, rows: int) -> None:
+        if rows != self.stm.batch_size:
+            raise ValueError(
+                f"input_ids has {rows} rows and the memory holds {self.stm.batch_size} conversations; call "
+                f"set_batch_mode(True, batch_size={rows}) first."
+            )
+
+    def _decoding(self, use_cache: bool, rows: int, capacity: int) -> Decoding:
+        with torch.no_grad():
+            memory = self.decoder.project_memory()
+
+        if use_cache:
+            cache = self.decoder.new_cache(rows, capacity=capacity)
+            return CachedDecoding(
+                lambda ids, cache: self.decoder.hidden_states(ids, None, memory, cache).hidden,
+                self.decoder.logits,
+                cache,
+                self.device,
+            )
+        return UncachedDecoding(
+            lambda ids, _: self.decoder.hidden_states(ids, None, memory).hidden, self.decoder.logits, self.device
+        )
+
+    def _answer(
+        self,
+        prompts: list[list[int]],
+        options: SamplingOptions,
+        max_seq_len: int | None,
+        use_cache: bool,
+        thinking_mode: str | None,
+    ) -> Generator[Step, None, None]:
+        """Check everything, then return the stream of an answer and its memory update."""
+        limit = max_seq_len or self.default_max_seq_len
+        for prompt in prompts:
+            fits(prompt, limit, room=2, what="the message")
+        opening_ids = self._opening_ids(thinking_mode)
+        sampler = Sampler(options, rows=len(prompts))
+        return self._stream(prompts, sampler, limit, use_cache, opening_ids)
+
+    def _opening_ids(self, thinking_mode: str | None) -> tuple[int, ...]:
+        """Tokens an answer of RxT-Beta may open with; empty for models without thinking modes."""
+        if not self.thinks:
+            if thinking_mode is not None:
+                raise ValueError(f"thinking_mode is {thinking_mode!r}; {type(self).__name__} has no thinking modes.")
+            return ()
+        mode = "auto" if thinking_mode is None else thinking_mode
+        if mode not in THINKING_MODES:
+            known = ", ".join(map(repr, THINKING_MODES))
+            raise ValueError(f"thinking_mode is {thinking_mode!r}; accepted are {known}.")
+        answer, think = self.token_ids.answer_token_id, self.token_ids.think_token_id
+        if mode == "fast" or (think is None and thinking_mode is None):
+            return (answer,)
+        if mode == "extended":
+            return (required(think, "think [T]"),)
+        return answer, required(think, "think [T]")
+
+    def _stream(
+        self,
+        prompts: list[list[int]],
+        sampler: Sampler,
+        limit: int,
+        use_cache: bool,
+        opening_ids: tuple[int, ...],
+    ) -> Generator[Step, None, None]:
+        self._settle()
+        # RxT-Alpha appends [A] itself and does not yield it (spec 2.16).
+        rows = [prompt if self.thinks else [*prompt, self.token_ids.answer_token_id] for prompt in prompts]
+        interaction = self._open = _OpenInteraction(self, [list(row) for row in rows])
+        self._text_stream = None
+        opening = None
+        if opening_ids:
+            choices = torch.tensor(opening_ids, device=self.device)
+
+            def opening(logits: Tensor) -> Tensor:
+                return choices[logits[:, choices].argmax(dim=-1)]
+
+        try:
+            decoding = self._decoding(use_cache, len(rows), min(limit, max(map(len, rows)) + 64))
+            for step in stream_tokens(
+                decoding,
+                rows,
+                sampler=sampler,
+                budgets=[limit - len(row) for row in rows],
+                eos_id=self.token_ids.eos_token_id,
+                opening=opening,
+            ):
+                if not interaction.is_open:
+                    raise RuntimeError(
+                        "this answer was ended because another interaction began or the memory was replaced; read an "
+                        "answer to its end before asking again."
+                    )
+                interaction.append(step)
+                self._text_rows = step.active
+                yield step
+            everyone = torch.ones(len(rows), dtype=torch.bool, device=self.device)
+            yield Step(torch.full((len(rows),), MEMORY_UPDATE_START, device=self.device), everyone)
+            interaction.commit()
+            yield Step(torch.full((len(rows),), MEMORY_UPDATE_END, device=self.device), everyone)
+        except GeneratorExit:
+            interaction.commit()
+            raise
+        except BaseException:
+            interaction.abandon()
+            raise
+        finally:
+            if self._open is interaction:
+                self._open = None

@@ -1,0 +1,153 @@
+"""From prompts to a stream of tokens: prefill, one step per token, budgets and end tokens (spec 1, steps 3 and 4).
+
+Every forward pass is guarded by its own ``torch.no_grad``; none is held while a caller has control (spec 7, defect 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from rxt_model.cache import SelfAttentionCache
+from rxt_model.interaction.sampling import Sampler
+
+HiddenFunction = Callable[[Tensor, "SelfAttentionCache | None"], Tensor]
+LogitsFunction = Callable[[Tensor], Tensor]
+
+
+class Decoding(Protocol):
+    """Something that turns prompts into logits, then one token per row into the next logits."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Logits (B, V) after the last token of every prompt."""
+
+    def step(self, tokens: Tensor, active: Tensor | None) -> Tensor:
+        """Logits (B, V) after one more token per row; rows that are not active do not count."""
+
+
+class CachedDecoding:
+    """Decoding over a key/value cache; the vocabulary head is computed at one position per row.
+
+    Args:
+        hidden_states: ids (B, T) and a cache to hidden states (B, T, D).
+        logits: the vocabulary head.
+        cache: the cache to fill; it may already hold a conversation.
+        device: where ids go.
+    """
+
+    def __init__(
+        self,
+        hidden_states: HiddenFunction,
+        logits: LogitsFunction,
+        cache: SelfAttentionCache,
+        device: torch.device,
+    ) -> None:
+        self._hidden_states = hidden_states
+        self._logits = logits
+        self.cache = cache
+        self._device = device
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        input_ids, lengths = padded(prompts, self._device)
+        hidden = self._hidden_states(input_ids, self.cache)
+        same_length = min(map(len, prompts)) == max(map(len, prompts))
+        self.cache.advance(input_ids.shape[1], None if same_length else lengths)
+        return self._logits(last_rows(hidden, lengths))
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, active: Tensor | None) -> Tensor:
+        hidden = self._hidden_states(tokens[:, None], self.cache)
+        self.cache.advance(1, None if active is None else active.long())
+        return self._logits(hidden[:, -1])
+
+
+class UncachedDecoding:
+    """Decoding that runs the whole message again for every token: slow, and the meaning the cache is held to."""
+
+    def __init__(self, hidden_states: HiddenFunction, logits: LogitsFunction, device: torch.device) -> None:
+        self._hidden_states = hidden_states
+        self._logits = logits
+        self._device = device
+        self._rows: list[list[int]] = []
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        self._rows = [list(prompt) for prompt in prompts]
+        return self._run()
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, active: Tensor | None) -> Tensor:
+        alive = [True] * len(self._rows) if active is None else active.tolist()
+        for row, token, is_active in zip(self._rows, tokens.tolist(), alive, strict=True):
+            if is_active:
+                row.append(token)
+        return self._run()
+
+    def _run(self) -> Tensor:
+        input_ids, lengths = padded(self._rows, self._device)
+        return self._logits(last_rows(self._hidden_states(input_ids, None), lengths))
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of ids as one right-padded tensor (B, T), and their lengths (B,).
+
+    The filler is id 0: causal attention never lets a real token see what stands behind it.
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    input_ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return input_ids.to(device), lengths.to(device)
+
+
+def last_rows(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """The hidden state (B, D) of the last real token of every row of (B, T, D)."""
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), lengths - 1]
+
+
+class Step(NamedTuple):
+    """One step of a batch: the tokens (B,), and which rows they are news for (B,) bool."""
+
+    tokens: Tensor
+    active: Tensor
+
+
+def stream_tokens(
+    decoding: Decoding,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampler: Sampler,
+    budgets: Sequence[int],
+    eos_id: int,
+    opening: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[Step]:
+    """Yield the tokens of every row until each has ended.
+
+    Args:
+        decoding: where logits come from.
+        prompts: token ids per row, each with at least one.
+        sampler: chooses tokens.
+        budgets: most tokens each row may generate, at least 1 each.
+        eos_id: ends a row; it is yielded.
+        opening: if given, chooses the first token of every row from the first logits (B, V) instead of the sampler.
+
+    Yields:
+        :class:`Step`; a row that has ended repeats its last token and is inactive.
+    """
+    logits = decoding.prefill(prompts)
+    tokens = (sampler if opening is None else opening)(logits)
+    remaining = torch.tensor(list(budgets), device=logits.device)
+    active = torch.ones(len(prompts), dtype=torch.bool, device=logits.device)
+    while True:
+        yield Step(tokens, active)
+        remaining = remaining - active.long()
+        active = active & (tokens != eos_id) & (remaining > 0)
+        count = int(active.sum())  # the caller reads every token anyway, so this adds no synchronisation
+        if count == 0:
+            return
+        logits = decoding.step(tokens, None if count == len(prompts) else active)
+        tokens = torch.where(active, sampler(logits), tokens)

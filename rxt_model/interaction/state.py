@@ -1,0 +1,114 @@
+"""A conversation in a file: memory, turn count and the fingerprint of the model it belongs to.
+
+One safetensors file with the tensor ``memory`` (L, B, S, D) and string metadata. Nothing in it can run code, and a state
+is refused by every model but the one that wrote it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rxt_model.files import atomic_path
+
+FORMAT = "rxt-conversation-state"
+FORMAT_VERSION = 1
+_SAMPLES_PER_TENSOR = 64
+
+
+class StateError(ValueError):
+    """A saved conversation that cannot be used; the message says which file and why."""
+
+
+@dataclass(frozen=True)
+class ConversationState:
+    """What a conversation is between two messages.
+
+    Args:
+        memory: (L, B, S, D) floating point.
+        turns: interactions written into the memory so far.
+        fingerprint: :func:`model_fingerprint` of the model.
+        notes: free text kept with the state, for instance a transcript.
+    """
+
+    memory: Tensor
+    turns: int
+    fingerprint: str
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A hash over names, shapes and samples of all weights, equal for the same model in another dtype or on another device.
+
+    Values are sampled (64 per tensor, after rounding to bfloat16), so that fingerprinting a large model takes
+    milliseconds.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters(remove_duplicate=True):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        flat = parameter.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
+        sample = flat[::step].to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_state(state: ConversationState, path: str | os.PathLike[str]) -> Path:
+    """Write a state to one safetensors file, whole or not at all.
+
+    Raises:
+        OSError: the directory does not exist or cannot be written.
+    """
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "fingerprint": state.fingerprint,
+        "turns": str(state.turns),
+        "notes": json.dumps(dict(state.notes)),
+    }
+    with atomic_path(path) as temporary:
+        save_file({"memory": state.memory.detach().to("cpu").contiguous()}, temporary, metadata)
+    return Path(path)
+
+
+def load_state(path: str | os.PathLike[str]) -> ConversationState:
+    """Read what :func:`save_state` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        StateError: the file is damaged, of another kind, or of a newer format.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no saved conversation at {file}; give the path of a file that was saved.")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            names = list(opened.keys())
+            memory = opened.get_tensor("memory") if names == ["memory"] else None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StateError(f"{file} is damaged or not a safetensors file ({error}); save the conversation again.") from None
+    if metadata.get("format") != FORMAT or memory is None or not memory.is_floating_point():
+        raise StateError(f"{file} is a safetensors file but not a saved conversation; it holds {names[:3]}.")
+    try:
+        version, turns = int(metadata["format_version"]), int(metadata["turns"])
+        notes = json.loads(metadata["notes"])
+        fingerprint = metadata["fingerprint"]
+    except (KeyError, ValueError) as error:
+        raise StateError(f"{file} has damaged metadata ({error}); save the conversation again.") from None
+    if version > FORMAT_VERSION:
+        raise StateError(
+            f"{file} has format version {version}; this release reads up to {FORMAT_VERSION}. Update rxt-kernels."
+        )
+    if turns < 0 or not isinstance(notes, dict):
+        raise StateError(f"{file} has damaged metadata (turns {turns}); save the conversation again.")
+    return ConversationState(memory, turns, fingerprint, {str(key): str(value) for key, value in notes.items()})

@@ -1,0 +1,168 @@
+"""Text in and text out: the tokenizing and printing half of the conversation interface (spec 2.15, 2.16)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rxt_model.config import TokenIds
+from rxt_model.interaction.templates import InteractionTemplate, as_batch, fits
+from rxt_model.tokenizer import BatchTokenStream, Tokenizer, TokenStream
+
+#: What streams yield around the memory update.
+MEMORY_UPDATE_START, MEMORY_UPDATE_END = -1, -2
+
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextInterface:
+    """Methods of a full model that need its tokenizer."""
+
+    tokenizer: Tokenizer | None
+    token_ids: TokenIds
+    thinks: bool
+    default_max_seq_len: int
+    system_prompt_title: str
+    _text_stream: TokenStream | BatchTokenStream | None
+    _text_rows: Tensor | None
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"this {type(self).__name__} has no tokenizer; pass tokenizer= to the constructor or to from_pretrained, or "
+                "work with token ids."
+            )
+        return self.tokenizer
+
+    @property
+    def template(self) -> InteractionTemplate:
+        """How this model's interactions are laid out."""
+        return InteractionTemplate(self.token_ids, self._require_tokenizer())
+
+    def tokenize_query(
+        self,
+        text: str | None,
+        max_seq_len: int | None = None,
+        device: torch.device | str = "cpu",
+        *,
+        internal: str | None = None,
+        tool_result: str | None = None,
+    ) -> dict[str, Tensor]:
+        """Token ids of one message, to be passed to ``interact``.
+
+        Args:
+            text: the message.
+            max_seq_len: most tokens of the whole interaction; the message must leave room for an answer.
+            device: where the tensors go.
+            internal: instructions for this message alone (``[I]``, Beta family).
+            tool_result: what a tool returned, instead of ``text`` (``[U]``, Beta family).
+
+        Returns:
+            ``input_ids`` (1, T) int64 and ``attention_mask`` (1, T) bool, without padding.
+
+        Raises:
+            ValueError: no tokenizer, an empty message, or one that does not fit.
+        """
+        ids = self.template.prompt(text, internal=internal, tool_result=tool_result)
+        fits(ids, max_seq_len or self.default_max_seq_len, room=2, what="the message")
+        return as_batch([ids], self.token_ids.pad_token_id, len(ids), device)
+
+    def tokenize_full_interaction(
+        self,
+        query: str | None,
+        answer: str | None,
+        max_seq_len: int | None = None,
+        device: torch.device | str = "cpu",
+        *,
+        think: str | None = None,
+        tool_call: str | None = None,
+        internal: str | None = None,
+        tool_result: str | None = None,
+    ) -> dict[str, Tensor]:
+        """Token ids of a finished interaction, to be written into memory with ``init_stm_state``.
+
+        Returns and raises as :meth:`tokenize_query`.
+        """
+        ids = self.template.interaction(
+            query, answer, think=think, tool_call=tool_call, internal=internal, tool_result=tool_result
+        )
+        fits(ids, max_seq_len or self.default_max_seq_len, room=0, what="the interaction")
+        return as_batch([ids], self.token_ids.pad_token_id, len(ids), device)
+
+    def tokenize_batch(
+        self, queries: Sequence[str], max_seq_len: int | None = None, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """Token ids of one message per conversation, right-padded to ``max_seq_len``.
+
+        Returns:
+            ``input_ids`` (B, max_seq_len) int64 and ``attention_mask`` (B, max_seq_len) bool.
+
+        Raises:
+            TypeError: a single string instead of a sequence of them.
+            ValueError: no query, no tokenizer, or a message that does not fit.
+        """
+        if isinstance(queries, str):
+            raise TypeError("queries is a string; it must be a sequence with one string per conversation.")
+        if not queries:
+            raise ValueError("queries is empty; it must hold one string per conversation.")
+        width = max_seq_len or self.default_max_seq_len
+        rows = [self.template.prompt(query) for query in queries]
+        for index, row in enumerate(rows):
+            fits(row, width, room=2, what=f"message {index}")
+        return as_batch(rows, self.token_ids.pad_token_id, width, device)
+
+    def stringify_token(self, token_id: int, show_memory_update: bool = False) -> str:
+        """The text that one more token of the running answer completes.
+
+        Characters that span several tokens come out with the last of them, so the pieces joined are correct UTF-8.
+        Control tokens give an empty string. -1 and -2 give an empty string, or a notice if asked for.
+        """
+        stream = self._text_stream if isinstance(self._text_stream, TokenStream) else None
+        if token_id in (MEMORY_UPDATE_START, MEMORY_UPDATE_END):
+            self._text_stream = None
+            rest = stream.finish() if stream is not None else ""
+            return rest + (_notice(token_id) if show_memory_update else "")
+        if stream is None:
+            stream = self._text_stream = TokenStream(self._require_tokenizer())
+        if token_id >= self._require_tokenizer().vocab_size:
+            return _UNKNOWN  # a vocabulary padded beyond its tokenizer: show that there was something
+        return stream.push(token_id)
+
+    def stringify_tokens(self, token_ids: Tensor, show_memory_update: bool = False) -> list[str]:
+        """As :meth:`stringify_token` for one token per conversation; rows that have ended give empty strings.
+
+        Args:
+            token_ids: (B,) as ``batch_interact`` yields them.
+            show_memory_update: whether -1 and -2 give a notice.
+        """
+        ids = token_ids.tolist()
+        stream = self._text_stream if isinstance(self._text_stream, BatchTokenStream) else None
+        if ids[0] in (MEMORY_UPDATE_START, MEMORY_UPDATE_END):
+            self._text_stream = None
+            rest = stream.finish() if stream is not None else [""] * len(ids)
+            return [text + (_notice(ids[0]) if show_memory_update else "") for text in rest]
+        if stream is None:
+            stream = self._text_stream = BatchTokenStream(self._require_tokenizer(), len(ids))
+        if self._text_rows is not None and len(self._text_rows) == len(ids):
+            # A row whose budget is spent repeats a word, not an end token: end its text as well.
+            ids = [
+                token if active else self.token_ids.eos_token_id
+                for token, active in zip(ids, self._text_rows.tolist(), strict=True)
+            ]
+        known = self._require_tokenizer().vocab_size
+        pieces = stream.push([token if token < known else self.token_ids.eos_token_id for token in ids])
+        return [piece if token < known else _UNKNOWN for piece, token in zip(pieces, ids, strict=True)]
+
+    def stringify_batch(self, input_ids: Tensor, attention_mask: Tensor) -> list[str]:
+        """Whole texts of (B, T) ids where the (B, T) mask is True, control tokens left out."""
+        tokenizer = self._require_tokenizer()
+        return [
+            tokenizer.decode(row[mask.bool()].tolist(), skip_special_tokens=True)
+            for row, mask in zip(input_ids, attention_mask, strict=True)
+        ]
+
+
+def _notice(token_id: int) -> str:
+    return "\n[Start memory update...]\n" if token_id == MEMORY_UPDATE_START else "[Memory updated]\n"
