@@ -1,0 +1,47 @@
+# `make demo` and `make test` do all set-up by themselves; everything is installed into $(VENV) and nowhere else.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test lint format upstream train scaling clean
+
+help:
+	@echo "make demo      talk to the shipped model and measure scaling (under 3 minutes after downloads)"
+	@echo "make test      the test suite (under 10 minutes on two cores)"
+	@echo "make lint      ruff and mypy"
+	@echo "make upstream  install the upstream library beside the tests, for the parity tests"
+	@echo "make train     train the shipped model again, into runs/demo"
+	@echo "make scaling   measure the scaling figures of the README again"
+
+$(READY): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	@touch $(READY)
+
+demo: $(READY)
+	$(RUN)/rxt demo
+
+test: $(READY)
+	$(RUN)/python -m pytest --numprocesses 2 --dist loadfile
+
+lint: $(READY)
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+format: $(READY)
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+upstream: $(READY)
+	$(RUN)/python tests/upstream/install.py
+
+train: $(READY)
+	$(RUN)/rxt train demo --output runs/demo
+
+scaling: $(READY)
+	$(RUN)/rxt bench scaling --json benchmarks/results/scaling.json --plot benchmarks/results/scaling.png
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .upstream
