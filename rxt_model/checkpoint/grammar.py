@@ -100,7 +100,9 @@ def upstream_grammar(
         prefix = "" if child is None else f"{child}."
         for name, shape in _buffers(component, encoder_memory):
             stored[prefix + name] = shape
-            group = "memory" if name == "model.stm.memory" else f"{prefix}{name.rsplit('.', 1)[-1]}"
+            # Upstream's sharing joins the memory of decoder and memory attention; an encoder's buffer stays its own.
+            shared = name == "model.stm.memory" and child != "encoder"
+            group = "memory" if shared else f"{prefix}{name.rsplit('.', 1)[-1]}"
             aliases.setdefault(group, []).append(prefix + name)
     metadata: dict[str, str] = {}
     for names in aliases.values():
