@@ -142,7 +142,7 @@ def explain(operation: str, backend: str) -> str:
         return f"{operation} has the reference backend: the eager definition, on every device."
     if backend in available_backends(found.name):
         return f"{operation} has the {backend} backend; a call that it cannot take is refused with the reason."
-    return f"This build has no {backend} backend for {operation}."
+    return f"This build has no {backend} backend for {operation}: nothing was registered for it when it was imported."
 
 
 def _find(operation: str) -> Operation:

@@ -1,0 +1,109 @@
+"""What this machine and this build can do: ``python -m rxt_kernels.info [--json]``.
+
+Machine, versions, and for every operation each backend with the reason why it is on or off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import rxt_kernels
+from rxt_kernels.dispatch import BACKENDS, available_backends, explain, operations
+
+__all__ = ["collect", "main"]
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _cores() -> int:
+    # Where the process may run is what matters, not what the machine has.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def collect() -> dict[str, Any]:
+    """Everything that :func:`main` prints, ready for JSON.
+
+    Example:
+        >>> collect()["operations"]["swiglu"]["reference"]["available"]
+        True
+    """
+    return {
+        "rxt_kernels": rxt_kernels.__version__,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": _version("numpy"),
+            "triton": _version("triton"),
+        },
+        "machine": {
+            "system": platform.system(),
+            "architecture": platform.machine(),
+            "cores": _cores(),
+            "torch_threads": torch.get_num_threads(),
+            "instruction_set": torch.backends.cpu.get_cpu_capability(),
+            "gpus": _devices(),
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+        },
+        "operations": {
+            name: {
+                backend: {"available": backend in available_backends(name), "reason": explain(name, backend)}
+                for backend in BACKENDS
+            }
+            for name in sorted(operations())
+        },
+    }
+
+
+def _text(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    gpus = ", ".join(machine["gpus"]) or "none that torch can use"
+    lines = [f"rxt_kernels {report['rxt_kernels']}"]
+    lines += [f"  {name:<16} {version or 'not installed'}" for name, version in report["versions"].items()]
+    lines += [
+        f"  {'machine':<16} {machine['system']} {machine['architecture']}, {machine['cores']} cores, "
+        f"{machine['instruction_set']}, torch uses {machine['torch_threads']} threads",
+        f"  {'GPU':<16} {gpus}",
+        "",
+        "Backends",
+    ]
+    for operation, backends in report["operations"].items():
+        lines.append(f"  {operation}")
+        lines += [
+            f"    {'on ' if state['available'] else 'off'} {backend:<10} {state['reason']}"
+            for backend, state in backends.items()
+        ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report; the exit status is 0."""
+    parser = argparse.ArgumentParser(prog="python -m rxt_kernels.info", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    options = parser.parse_args(arguments)
+    report = collect()
+    print(json.dumps(report, indent=2) if options.json else _text(report))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
