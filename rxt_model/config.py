@@ -8,6 +8,7 @@ checkpoint and in code. Four fields are this project's own and never written int
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -70,6 +71,11 @@ class _Config:
             )
         return cls(**values)
 
+    @classmethod
+    def of(cls: type[ConfigType], config: ConfigType | Mapping[str, Any]) -> ConfigType:
+        """The configuration itself, or one built from a mapping of its fields."""
+        return cls.from_dict(dict(config)) if isinstance(config, Mapping) else config
+
     def to_dict(self) -> dict[str, Any]:
         """Every field, defaults included, as JSON-able values."""
         return dataclasses.asdict(self)
@@ -87,7 +93,9 @@ class _Config:
     def _require_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if value not in choices:
-            raise ValueError(f"{type(self).__name__}.{name} is {value!r}; accepted are {', '.join(map(repr, choices))}.")
+            raise ValueError(
+                f"{type(self).__name__}.{name} is {value!r}; accepted are {', '.join(map(repr, choices))}."
+            )
 
     def _require_probability(self, *names: str) -> None:
         for name in names:
@@ -225,7 +233,9 @@ class TransformerConfig(_Config):
                 f"embed_dim is {self.embed_dim} and att_heads is {self.att_heads}; att_heads must divide embed_dim."
             )
         if not self.use_nope and self.head_dim % 2:
-            raise ValueError(f"embed_dim / att_heads is {self.head_dim}; rotary embeddings need an even head dimension.")
+            raise ValueError(
+                f"embed_dim / att_heads is {self.head_dim}; rotary embeddings need an even head dimension."
+            )
         if self.num_shared_experts < 0:
             raise ValueError(f"num_shared_experts is {self.num_shared_experts}; it must be 0 or more.")
         if self.use_moe and self.moe_top_k > self.num_experts:
@@ -260,9 +270,7 @@ class TransformerConfig(_Config):
         """Query and key/value heads of memory cross-attention; unset values fall back to self-attention's."""
         groups = self.att_groups if self.cross_att_groups is None else self.cross_att_groups
         query_groups = self.att_query_groups if self.cross_att_query_groups is None else self.cross_att_query_groups
-        return head_counts(
-            self.cross_att_type, self.att_heads, groups, query_groups, where="memory cross-attention"
-        )
+        return head_counts(self.cross_att_type, self.att_heads, groups, query_groups, where="memory cross-attention")
 
     @property
     def has_gated_cross_attention(self) -> bool:

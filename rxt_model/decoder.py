@@ -187,7 +187,7 @@ class RxTDecoder(PretrainedModel):
 
     def __init__(self, config: TransformerConfig | Mapping[str, Any]) -> None:
         super().__init__()
-        self.config = config if isinstance(config, TransformerConfig) else TransformerConfig.from_dict(dict(config))
+        self.config = TransformerConfig.of(config)
         self.model = DecoderNetwork(self.config)
 
     @classmethod

@@ -76,7 +76,7 @@ class RxTEncoder(PretrainedModel):
 
     def __init__(self, config: TransformerConfig | Mapping[str, Any]) -> None:
         super().__init__()
-        self.config = config if isinstance(config, TransformerConfig) else TransformerConfig.from_dict(dict(config))
+        self.config = TransformerConfig.of(config)
         self.model = EncoderNetwork(self.config)
 
     @classmethod

@@ -28,7 +28,7 @@ class MLMHead(PretrainedModel):
 
     def __init__(self, config: MLMHeadConfig | Mapping[str, Any]) -> None:
         super().__init__()
-        self.config = config if isinstance(config, MLMHeadConfig) else MLMHeadConfig.from_dict(dict(config))
+        self.config = MLMHeadConfig.of(config)
         self.dense = nn.Linear(self.config.embed_dim, self.config.embed_dim)
         self.layer_norm = nn.LayerNorm(self.config.embed_dim)
         self.decoder = nn.Linear(self.config.embed_dim, self.config.vocab_size)

@@ -30,8 +30,7 @@ class RxTMemoryAttention(PretrainedModel):
 
     def __init__(self, config: MemoryAttentionConfig | Mapping[str, Any]) -> None:
         super().__init__()
-        is_config = isinstance(config, MemoryAttentionConfig)
-        self.config = config if is_config else MemoryAttentionConfig.from_dict(dict(config))
+        self.config = MemoryAttentionConfig.of(config)
         self.model = MemoryAttentionNetwork(self.config)
 
     @classmethod

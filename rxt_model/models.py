@@ -48,7 +48,9 @@ def resolve_token_ids(config: TokenIds | Mapping[str, Any] | None, tokenizer: To
             found = getattr(tokenizer.special_tokens, role)
             if found is not None:
                 ids[name] = found
-    missing = [name for name in ("bos_token_id", "eos_token_id", "query_token_id", "answer_token_id") if name not in ids]
+    missing = [
+        name for name in ("bos_token_id", "eos_token_id", "query_token_id", "answer_token_id") if name not in ids
+    ]
     if missing:
         raise ValueError(
             f"tokenizer_config has no {', '.join(missing)} and no tokenizer was given that names them; add them to "
@@ -83,17 +85,14 @@ class ReactiveTransformer(PretrainedModel, Conversation):
         tokenizer: Any = None,
     ) -> None:
         super().__init__()
-        if not isinstance(decoder_config, TransformerConfig):
-            decoder_config = TransformerConfig.from_dict(dict(decoder_config))
-        if not isinstance(encoder_config, TransformerConfig):
-            encoder_config = TransformerConfig.from_dict(dict(encoder_config))
-        if not isinstance(memory_attention_config, MemoryAttentionConfig):
-            memory_attention_config = MemoryAttentionConfig.from_dict(dict(memory_attention_config))
-        memory_attention_config = memory_attention_config.replace(variant=canonical_variant(memory_attention_variant))
-        _check_components_fit(decoder_config, encoder_config, memory_attention_config)
-        self.decoder = RxTDecoder(decoder_config)
-        self.encoder = RxTEncoder(encoder_config)
-        self.memory_attention = RxTMemoryAttention(memory_attention_config)
+        decoder = TransformerConfig.of(decoder_config)
+        encoder = TransformerConfig.of(encoder_config)
+        memory_attention = MemoryAttentionConfig.of(memory_attention_config)
+        memory_attention = memory_attention.replace(variant=canonical_variant(memory_attention_variant))
+        _check_components_fit(decoder, encoder, memory_attention)
+        self.decoder = RxTDecoder(decoder)
+        self.encoder = RxTEncoder(encoder)
+        self.memory_attention = RxTMemoryAttention(memory_attention)
         self.tokenizer: Tokenizer | None = None if tokenizer is None else as_tokenizer(tokenizer)
         self.token_ids = resolve_token_ids(tokenizer_config, self.tokenizer)
         self._check_tokenizer()
@@ -124,7 +123,9 @@ class ReactiveTransformer(PretrainedModel, Conversation):
         for field in dataclasses.fields(self.token_ids):
             token_id = getattr(self.token_ids, field.name)
             if token_id is not None and token_id >= vocab_size:
-                raise ValueError(f"tokenizer_config.{field.name} is {token_id}; the vocabulary ends at {vocab_size - 1}.")
+                raise ValueError(
+                    f"tokenizer_config.{field.name} is {token_id}; the vocabulary ends at {vocab_size - 1}."
+                )
 
     @property
     def stm(self) -> ShortTermMemory:
@@ -160,7 +161,7 @@ class RxTAlpha(ReactiveTransformer):
 
     component: ClassVar[Component] = "rxt_alpha"
     default_max_seq_len: ClassVar[int] = 256
-    system_prompt_title: str = "SYSTEM INSTRUCTIONS"
+    system_prompt_title = "SYSTEM INSTRUCTIONS"
     thinks: ClassVar[bool] = False
 
 

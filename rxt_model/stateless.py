@@ -58,7 +58,7 @@ class SparseQueryTransformer(PretrainedModel):
 
     def __init__(self, config: StatelessConfig | Mapping[str, Any]) -> None:
         super().__init__()
-        self.config = config if isinstance(config, StatelessConfig) else StatelessConfig.from_dict(dict(config))
+        self.config = StatelessConfig.of(config)
         self.model = StatelessNetwork(self.config)
 
     @classmethod

@@ -192,7 +192,9 @@ class Conversation(TextInterface):
             self.stm.select(0)
             return
         if batch_size is None:
-            raise ValueError("batch_size is None; set_batch_mode(True, batch_size=...) needs the number of conversations.")
+            raise ValueError(
+                "batch_size is None; set_batch_mode(True, batch_size=...) needs the number of conversations."
+            )
         self.stm.set_batch_size(batch_size)
 
     def export_stm_state(self) -> Tensor:
@@ -205,9 +207,7 @@ class Conversation(TextInterface):
         self._abandon()
         self.stm.load(memory)
 
-    def save_conversation(
-        self, path: str | os.PathLike[str], notes: Mapping[str, str] | None = None
-    ) -> Path:
+    def save_conversation(self, path: str | os.PathLike[str], notes: Mapping[str, str] | None = None) -> Path:
         """Save memory, turn count and this model's fingerprint to one safetensors file, whole or not at all.
 
         Args:

@@ -96,7 +96,9 @@ def load_state(path: str | os.PathLike[str]) -> ConversationState:
             names = list(opened.keys())
             memory = opened.get_tensor("memory") if names == ["memory"] else None
     except (SafetensorError, OSError, ValueError) as error:
-        raise StateError(f"{file} is damaged or not a safetensors file ({error}); save the conversation again.") from None
+        raise StateError(
+            f"{file} is damaged or not a safetensors file ({error}); save the conversation again."
+        ) from None
     if metadata.get("format") != FORMAT or memory is None or not memory.is_floating_point():
         raise StateError(f"{file} is a safetensors file but not a saved conversation; it holds {names[:3]}.")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ class TextInterface:
 
     tokenizer: Tokenizer | None
     token_ids: TokenIds
-    thinks: bool
-    default_max_seq_len: int
+    thinks: ClassVar[bool]
+    default_max_seq_len: ClassVar[int]
     system_prompt_title: str
     _text_stream: TokenStream | BatchTokenStream | None
     _text_rows: Tensor | None

@@ -7,6 +7,7 @@ all experts, transposed. Which of them a model has follows its checkpoint; the r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,15 @@ class Router(nn.Module):
         self.gate = nn.Linear(dim, num_experts, bias=False)
 
 
+class ExpertWeights(NamedTuple):
+    """The tensors of all experts, one per expert."""
+
+    w1: list[Tensor]
+    w2: list[Tensor]
+    b1: list[Tensor]
+    b2: list[Tensor]
+
+
 class PerExpertMixtureOfExperts(nn.Module):
     """One feed-forward module per expert; every bias is the expert's own, shared experts have the routed width."""
 
@@ -81,29 +91,33 @@ class PerExpertMixtureOfExperts(nn.Module):
             self.shared_expert_gate = nn.Linear(options.dim, options.num_shared, bias=False)
 
     @staticmethod
-    def _weights(experts: nn.ModuleList) -> dict[str, list[Tensor]]:
-        layers = [expert for expert in experts if isinstance(expert, FeedForward)]
-        return {
-            "w1": [layer.first_linear.weight for layer in layers],
-            "w2": [layer.fc2.weight for layer in layers],
-            "b1": [layer.first_linear.bias for layer in layers],
-            "b2": [layer.fc2.bias for layer in layers],
-        }
+    def _weights(experts: nn.ModuleList) -> ExpertWeights:
+        layers = [cast(FeedForward, expert) for expert in experts]
+        return ExpertWeights(
+            w1=[layer.first_linear.weight for layer in layers],
+            w2=[layer.fc2.weight for layer in layers],
+            b1=[layer.first_linear.bias for layer in layers],
+            b2=[layer.fc2.bias for layer in layers],
+        )
 
     def _shared(self) -> SharedExperts | None:
         if not self.options.num_shared:
             return None
         gate = self.shared_expert_gate.weight if self.options.num_shared > 1 else None
-        return SharedExperts(**self._weights(self.shared_experts), gate_weight=gate, global_bias=None, weighted=False)
+        return SharedExperts(*self._weights(self.shared_experts), gate_weight=gate)
 
     def forward(self, x: Tensor) -> MixtureOfExpertsOutput:
         """(..., D) to the output (..., D) and the load-balance loss (a scalar)."""
         options = self.options
+        weights = self._weights(self.experts)
         return mixture_of_experts(
             x,
             self.router.gate.weight,
-            **self._weights(self.experts),
+            weights.w1,
+            weights.w2,
             top_k=options.top_k,
+            b1=weights.b1,
+            b2=weights.b2,
             activation=options.activation,
             gated=options.gated,
             shared=self._shared(),

@@ -5,10 +5,13 @@ What is computed stands in :func:`rxt_kernels.memory_update` (spec 2.10 to 2.12)
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from rxt_kernels import (
+    AttentionWeights,
     MemoryNormParameters,
     MemoryUpdateLayer,
     ResidualGateParameters,
@@ -92,10 +95,11 @@ class ResidualGate(nn.Module):
         if self.kind in ("add", "replace"):
             return ResidualGateParameters(kind=self.kind, per_slot=self.per_slot, activation=self.activation)
         status = getattr(self, "slot_status", None) if self.kind != "static" else None
+        linear = self.gate if isinstance(self.gate, nn.Linear) else None
         return ResidualGateParameters(
             kind=self.kind,
-            weight=self.gate.weight if isinstance(self.gate, nn.Linear) else self.gate,
-            bias=self.gate.bias if isinstance(self.gate, nn.Linear) else None,
+            weight=cast(Tensor, self.gate) if linear is None else linear.weight,
+            bias=None if linear is None else linear.bias,
             status_weight=None if status is None else status.weight,
             status_bias=None if status is None else status.bias,
             per_slot=self.per_slot,
@@ -113,9 +117,7 @@ class MemoryAttentionNetwork(nn.Module):
         layers = config.num_layers
 
         def attention(heads: tuple[int, int]) -> nn.ModuleList:
-            return nn.ModuleList(
-                SparseQueryAttention(config.embed_dim, config.head_dim, heads) for _ in range(layers)
-            )
+            return nn.ModuleList(SparseQueryAttention(config.embed_dim, config.head_dim, heads) for _ in range(layers))
 
         def norms() -> nn.ModuleList:
             return nn.ModuleList(MemoryNorm(config) for _ in range(layers))
@@ -150,18 +152,18 @@ class MemoryAttentionNetwork(nn.Module):
 
     def update_layers(self) -> list[MemoryUpdateLayer]:
         """The weights of every layer as plain tensors, in the form :func:`rxt_kernels.memory_update` takes."""
-        context = self._context_modules()
-        interlayer = self.interlayer_gate_layers if hasattr(self, "interlayer_gate_layers") else None
+        context_norms, context_attentions, context_gates = self._context_modules() or (None, None, None)
+        interlayer_gates = getattr(self, "interlayer_gate_layers", None)
         return [
             MemoryUpdateLayer(
-                memory_norm=self.memory_norm_layers[i].parameters_for_update(),
-                input_norm_weight=self.memory_input_norm_layers[i].weight,
-                attention=self.attention_layers[i].weights(),
-                residual_gate=self.residual_gate_layers[i].parameters_for_update(),
-                context_norm=None if context is None else context[0][i].parameters_for_update(),
-                context_attention=None if context is None else context[1][i].weights(),
-                context_gate=None if context is None else context[2][i].parameters_for_update(),
-                interlayer_gate=None if interlayer is None else interlayer[i].parameters_for_update(),
+                memory_norm=_norm(self.memory_norm_layers, i),
+                input_norm_weight=cast(RMSNorm, self.memory_input_norm_layers[i]).weight,
+                attention=_attention(self.attention_layers, i),
+                residual_gate=_gate(self.residual_gate_layers, i),
+                context_norm=None if context_norms is None else _norm(context_norms, i),
+                context_attention=None if context_attentions is None else _attention(context_attentions, i),
+                context_gate=None if context_gates is None else _gate(context_gates, i),
+                interlayer_gate=None if interlayer_gates is None else _gate(interlayer_gates, i),
             )
             for i in range(self.config.num_layers)
         ]
@@ -193,3 +195,15 @@ class MemoryAttentionNetwork(nn.Module):
             attention_dropout=self.config.att_dropout if self.training else 0.0,
             training=self.training,
         )
+
+
+def _norm(modules: nn.ModuleList, index: int) -> MemoryNormParameters:
+    return cast(MemoryNorm, modules[index]).parameters_for_update()
+
+
+def _attention(modules: nn.ModuleList, index: int) -> AttentionWeights:
+    return cast(SparseQueryAttention, modules[index]).weights()
+
+
+def _gate(modules: nn.ModuleList, index: int) -> ResidualGateParameters:
+    return cast(ResidualGate, modules[index]).parameters_for_update()

@@ -135,7 +135,9 @@ class ShortTermMemory(nn.Module):
                 f"{self.dim})."
             )
         if not bool(torch.isfinite(memory).all()):
-            raise ValueError("memory holds NaN or infinite values; load a state that was exported from a working model.")
+            raise ValueError(
+                "memory holds NaN or infinite values; load a state that was exported from a working model."
+            )
         self.memory = memory.detach().to(self.memory.device, self.memory.dtype, copy=True)
 
     def extra_repr(self) -> str:
