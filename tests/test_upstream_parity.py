@@ -1,8 +1,8 @@
 """Our models against the upstream library as a black box, in both directions, on random weights and in fp32.
 
 Upstream saves, we load and must answer the same; we save, upstream loads and must answer the same. Its two versions
-differ in meaning (experts, rotary layout, defaults), so both are asked. `tests/upstream/` holds the cases and the oracle
-that runs upstream in a process of its own; where upstream is not installed these tests skip and say so.
+differ in meaning (experts, rotary layout, defaults), so both are asked. `tests/upstream/` holds the cases and the
+oracle that runs upstream in a process of its own; where upstream is not installed these tests skip and say so.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from rxt_model.checkpoint import CheckpointError
+from rxt_model.checkpoint.grammar import upstream_grammar
 from tests.upstream import ours
 from tests.upstream.cases import VERSIONS, Case, cases, full_cases
 from tests.upstream.oracle import INTERACTION_LENGTH, make_inputs, randomise, write
@@ -133,15 +135,34 @@ def test_batched_conversations_equal_upstream_s(upstream: UpstreamRuns, version:
     model.set_batch_mode(True, ids.shape[0])
     model.load_stm_state(answer.inputs["memory_batch"])
     steps = torch.stack(list(model.batch_interact(ids, attention_mask=padded_mask, **options)))
+    if thinking:  # ours streams the [A] that opens a fast answer, as upstream does for one conversation, not for many
+        assert (steps[0] == answer.case["arguments"]["tokenizer_config"]["answer_token_id"]).all()
+        steps = steps[1:]
     assert steps.tolist() == answer.outputs["batch_interaction"].tolist()
     result = ours.errors({"batch_interaction_memory": model.export_stm_state()}, answer.outputs, mask)
     assert worst(result) <= TOLERANCE, result
-    model.load_stm_state(answer.inputs["memory_batch"])
-    whole, whole_mask = model.batch_interactions(
-        ids, attention_mask=padded_mask, return_interactions_with_queries=True, **options
-    )
-    assert whole.tolist() == answer.outputs["batch_whole"].tolist()
-    assert whole_mask.tolist() == answer.outputs["batch_whole_mask"].tolist()
+    for kind, answers_only in (("whole", False), ("answers", True)):
+        model.load_stm_state(answer.inputs["memory_batch"])
+        found, found_mask = model.batch_interactions(
+            ids, attention_mask=padded_mask, answers_only=answers_only, **options
+        )
+        assert found.tolist() == answer.outputs[f"batch_{kind}"].tolist()
+        assert found_mask.tolist() == answer.outputs[f"batch_{kind}_mask"].tolist()
+
+
+@pytest.mark.parametrize(("version", "name"), _selected(lambda case: case.get("saving", "shared") == "shared"))
+def test_the_file_grammar_is_upstream_s_to_the_byte(upstream: UpstreamRuns, version: str, name: str) -> None:
+    answer = upstream.answer(version, name)
+    file = answer.model_directory / "model.safetensors"
+    encoder = answer.case["arguments"].get("encoder_config", answer.case["arguments"])
+    keeps_memory = version == "0.2.31" or encoder.get("legacy_stm_in_encoder", False)
+    grammar = upstream_grammar(load_answer(version, answer), encoder_memory=keeps_memory)
+    with safe_open(file, "pt") as opened:
+        shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+        metadata = opened.metadata() or {}
+    assert grammar.shapes == shapes
+    assert grammar.metadata == metadata
+    assert grammar.file_size == file.stat().st_size
 
 
 @pytest.mark.parametrize("version", [pytest.param(version, marks=_reason(version)) for version in VERSIONS])

@@ -194,11 +194,12 @@ def evaluate_interaction(model: Any, inputs: Tensors, end_token: int) -> Tensors
     steps = batch.batch_interact(ids.clone(), attention_mask=mask.clone(), **arguments)
     outputs["batch_interaction"] = torch.stack(list(steps))
     outputs["batch_interaction_memory"] = batch.export_stm_state().clone()
-    batch = copy.deepcopy(model)
-    whole, whole_mask = batch.batch_interactions(
-        ids.clone(), attention_mask=mask.clone(), return_interactions_with_queries=True, **arguments
-    )
-    outputs["batch_whole"], outputs["batch_whole_mask"] = whole.clone(), whole_mask.clone()
+    for name, with_queries in (("whole", True), ("answers", False)):
+        batch = copy.deepcopy(model)
+        ids_out, mask_out = batch.batch_interactions(
+            ids.clone(), attention_mask=mask.clone(), return_interactions_with_queries=with_queries, **arguments
+        )
+        outputs[f"batch_{name}"], outputs[f"batch_{name}_mask"] = ids_out.clone(), mask_out.clone()
     return outputs
 
 
@@ -209,6 +210,12 @@ def evaluate_decoder(model: Any, inputs: Tensors) -> Tensors:
         mask = inputs["mask_batch"] if suffix else torch.ones_like(ids, dtype=torch.bool)
         set_memory(model.model.stm, inputs["memory" + suffix])
         outputs["logits" + suffix] = model(ids, attention_mask=mask)
+        model.train()  # the load-balance loss is zero otherwise; there is no dropout in any case
+        model(ids, attention_mask=mask)
+        loss = model.model.moe_router_loss()
+        if loss is not None:
+            outputs["load_balance_loss" + suffix] = loss.reshape(1)
+        model.eval()
     return outputs
 
 
