@@ -20,7 +20,9 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float | None = None) -> T
     """x (..., D), weight (D,) -> (..., D) with the dtype of x."""
     if eps is None:
         eps = EPSILON_FLOAT64 if x.dtype is torch.float64 else EPSILON
-    return F.rms_norm(x, weight.shape, weight, eps).to(x.dtype)
+    if weight.dtype is not x.dtype:  # Under autocast only, see checks.alike.
+        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def add_rms_norm_reference(
