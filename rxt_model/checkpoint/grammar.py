@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from rxt_model.checkpoint.hub import PretrainedModel
+from rxt_model.checkpoint.protocol import LoadableModule
 from rxt_model.checkpoint.reader import DTYPES
 
 __all__ = ["FileGrammar", "upstream_grammar"]
@@ -64,7 +64,7 @@ class FileGrammar:
 
 
 def upstream_grammar(
-    model: PretrainedModel, *, dtype: torch.dtype = torch.float32, encoder_memory: bool = False
+    model: LoadableModule, *, dtype: torch.dtype = torch.float32, encoder_memory: bool = False
 ) -> FileGrammar:
     """The file that upstream's `save_pretrained` would write for a model of this structure.
 
@@ -113,7 +113,7 @@ def upstream_grammar(
     return FileGrammar({name: stored[name] for name in sorted(stored)}, dtype, metadata)
 
 
-def _buffers(component: PretrainedModel, encoder_memory: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _buffers(component: LoadableModule, encoder_memory: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Rotary tables and memory of one component, under every name at which upstream registers them."""
     config = getattr(component, "config", None)
     if config is None or component.component == "mlm_head":
