@@ -211,7 +211,9 @@ def evaluate_decoder(model: Any, inputs: Tensors) -> Tensors:
         set_memory(model.model.stm, inputs["memory" + suffix])
         outputs["logits" + suffix] = model(ids, attention_mask=mask)
         model.train()  # the load-balance loss is zero otherwise; there is no dropout in any case
-        model(ids, attention_mask=mask)
+        model(
+            ids, attention_mask=torch.ones_like(ids, dtype=torch.bool)
+        )  # pads would count, and their rows mean nothing
         loss = model.model.moe_router_loss()
         if loss is not None:
             outputs["load_balance_loss" + suffix] = loss.reshape(1)

@@ -72,7 +72,7 @@ def _decoder(model: Any, inputs: Tensors) -> Tensors:
     for suffix in ("", "_batch"):
         ids, mask, memory = inputs["ids" + suffix], _mask(inputs, suffix), inputs["memory" + suffix]
         outputs["logits" + suffix] = model(ids, mask, memory=memory)
-        loss = model.hidden_states(ids, mask, memory=memory).load_balance_loss
+        loss = model.hidden_states(ids, memory=memory).load_balance_loss
         if loss is not None and not model.config.final_stateless_layers_config:  # upstream leaves those layers out
             outputs["load_balance_loss" + suffix] = loss.reshape(1)
     return outputs
