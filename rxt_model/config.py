@@ -57,24 +57,40 @@ class _Config:
     """What all configurations share: building from a plain mapping, and checks that answer in sentences."""
 
     @classmethod
-    def from_dict(cls: type[ConfigType], values: dict[str, Any]) -> ConfigType:
+    def from_dict(cls: type[ConfigType], values: Mapping[str, Any]) -> ConfigType:
         """Build from a mapping of field names to values.
 
         Raises:
-            ValueError: a key is not a field of this configuration, or a value is out of range.
+            ValueError: a key is not a field of this configuration, a field without default is missing, or a value is out
+                of range.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        fields = dataclasses.fields(cls)
+        known = {field.name for field in fields}
+        unknown = sorted(set(map(str, values)) - known)
         if unknown:
             raise ValueError(
                 f"{cls.__name__} has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(sorted(known))}."
             )
+        missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in values]
+        if missing:
+            raise ValueError(f"{cls.__name__} lacks {', '.join(missing)}; give a value for each.")
         return cls(**values)
 
     @classmethod
-    def of(cls: type[ConfigType], config: ConfigType | Mapping[str, Any]) -> ConfigType:
-        """The configuration itself, or one built from a mapping of its fields."""
-        return cls.from_dict(dict(config)) if isinstance(config, Mapping) else config
+    def of(cls: type[ConfigType], value: ConfigType | Mapping[str, Any]) -> ConfigType:
+        """A configuration as it is, or one built from a mapping.
+
+        Raises:
+            TypeError: neither of the two.
+            ValueError: see :meth:`from_dict`.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            return cls.from_dict(value)
+        raise TypeError(
+            f"config is of type {type(value).__name__}; it must be a {cls.__name__} or a mapping of its fields."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, defaults included, as JSON-able values."""
@@ -100,8 +116,18 @@ class _Config:
     def _require_probability(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if not 0.0 <= value < 1.0:
-                raise ValueError(f"{type(self).__name__}.{name} is {value!r}; it must lie in [0, 1).")
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 <= value < 1.0:
+                raise ValueError(f"{type(self).__name__}.{name} is {value!r}; it must be a number in [0, 1).")
+
+    def _require_positive_or_none(self, *names: str) -> None:
+        self._require_positive(*(name for name in names if getattr(self, name) is not None))
+
+    def _require_switches(self) -> None:
+        """Every field whose default is True or False holds True or False; the string "false" would count as True."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, bool) and not isinstance(value, bool):
+                raise ValueError(f"{type(self).__name__}.{field.name} is {value!r}; it must be True or False.")
 
 
 def head_counts(
@@ -136,6 +162,8 @@ def head_counts(
     else:
         raise ValueError(f"{where} has type {att_type!r}; accepted are {', '.join(map(repr, ATTENTION_TYPES))}.")
     query_heads, key_value_heads = counts
+    if type(query_heads) is not int or type(key_value_heads) is not int:
+        raise ValueError(f"{where} has head counts {query_heads!r} and {key_value_heads!r}; they must be integers.")
     for name, count in (("query", query_heads), ("key/value", key_value_heads)):
         if not 1 <= count <= heads:
             raise ValueError(f"{where} has {count} {name} heads; it must have between 1 and att_heads = {heads}.")
@@ -218,6 +246,14 @@ class TransformerConfig(_Config):
             "num_layers", "vocab_size", "embed_dim", "ff_dim", "att_heads", "seq_len", "stm_size", "att_groups",
             "num_experts", "moe_top_k", "dense_layer_dim", "rope_base",
         )  # fmt: skip
+        self._require_positive_or_none(
+            "att_query_groups", "cross_att_groups", "cross_att_query_groups", "shared_expert_dim"
+        )
+        self._require_switches()
+        if self.use_gated_cross_attention not in (None, True, False):
+            raise ValueError(
+                f"use_gated_cross_attention is {self.use_gated_cross_attention!r}; it must be True, False or None."
+            )
         self._require_choice("ff_activation", ACTIVATIONS)
         self._require_choice("gated_attention_activation", ATTENTION_GATE_ACTIVATIONS)
         self._require_choice("moe_bias_mode", BIAS_MODES)
@@ -236,21 +272,26 @@ class TransformerConfig(_Config):
             raise ValueError(
                 f"embed_dim / att_heads is {self.head_dim}; rotary embeddings need an even head dimension."
             )
-        if self.num_shared_experts < 0:
-            raise ValueError(f"num_shared_experts is {self.num_shared_experts}; it must be 0 or more.")
-        if self.use_moe and self.moe_top_k > self.num_experts:
-            raise ValueError(
-                f"moe_top_k is {self.moe_top_k} and num_experts is {self.num_experts}; a token cannot use more experts "
-                "than there are."
-            )
+        if type(self.num_shared_experts) is not int or self.num_shared_experts < 0:
+            raise ValueError(f"num_shared_experts is {self.num_shared_experts!r}; it must be an integer of at least 0.")
         for name in ("stateless_layers_config", "final_stateless_layers_config"):
             kinds = getattr(self, name)
             if kinds is None:
                 continue
+            if not isinstance(kinds, (list, tuple)):
+                raise ValueError(f"{name} is {kinds!r}; it must be a list of 'dense' and 'moe', or None.")
             object.__setattr__(self, name, tuple(kinds))  # JSON gives lists
             for kind in kinds:
                 if kind not in STATELESS_LAYER_KINDS:
                     raise ValueError(f"{name} holds {kind!r}; accepted are 'dense' and 'moe'.")
+        has_experts = self.use_moe or "moe" in (
+            *(self.stateless_layers_config or ()), *(self.final_stateless_layers_config or ())
+        )  # fmt: skip
+        if has_experts and self.moe_top_k > self.num_experts:
+            raise ValueError(
+                f"moe_top_k is {self.moe_top_k} and num_experts is {self.num_experts}; a token cannot use more experts "
+                "than there are."
+            )
         _ = self.self_attention_heads, self.cross_attention_heads
 
     @property
@@ -327,6 +368,11 @@ class MemoryAttentionConfig(_Config):
         self._require_positive(
             "num_layers", "embed_dim", "att_heads", "seq_len", "stm_size", "att_groups", "num_groups", "rope_base"
         )
+        self._require_positive_or_none(
+            "att_query_groups", "interlayer_att_groups", "interlayer_att_query_groups", "self_att_groups",
+            "self_att_query_groups",
+        )  # fmt: skip
+        self._require_switches()
         object.__setattr__(self, "variant", canonical_variant(self.variant))
         self._require_choice("norm_type", MEMORY_NORM_TYPES)
         self._require_choice("residual_gate_type", GATE_TYPES)
@@ -335,6 +381,11 @@ class MemoryAttentionConfig(_Config):
         self._require_choice("rope_angle_dtype", ("float32", "match"))
         self._require_choice("padding", ("mask", "dilute"))
         self._require_probability("att_dropout")
+        self._require_probability(
+            *(n for n in ("interlayer_att_dropout", "self_att_dropout") if getattr(self, n) is not None)
+        )
+        if not 0.0 <= self.norm_decay <= 1.0:
+            raise ValueError(f"norm_decay is {self.norm_decay!r}; it must lie in [0, 1].")
         if self.embed_dim % self.att_heads or (self.embed_dim // self.att_heads) % 2:
             raise ValueError(
                 f"embed_dim is {self.embed_dim} and att_heads is {self.att_heads}; embed_dim / att_heads must be an even "
