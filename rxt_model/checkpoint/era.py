@@ -13,7 +13,7 @@ from typing import Any
 
 from rxt_model.checkpoint.errors import CheckpointError
 from rxt_model.checkpoint.inference import ComponentFile
-from rxt_model.config import OWN_FIELDS
+from rxt_model.config import MEMORY_ATTENTION_VARIANTS
 
 __all__ = ["METADATA_PREFIX", "own_field_metadata", "read_own_fields", "rope_layout_of_era"]
 
@@ -29,6 +29,15 @@ _OWN_FIELDS_OF: Mapping[str, tuple[str, ...]] = {
     "memory_attention": ("padding", "rope_angle_dtype", "rope_layout", "variant"),
     "mlm_head": (),
     "stateless": ("padding", "rope_angle_dtype", "rope_layout"),
+}
+
+#: What each of them can be, as metadata spells it.
+_ACCEPTED: Mapping[str, tuple[str, ...]] = {
+    "padding": ("mask", "dilute"),
+    "reads_memory": ("true", "false"),
+    "rope_angle_dtype": ("float32", "match"),
+    "rope_layout": ("split", "interleaved"),
+    "variant": MEMORY_ATTENTION_VARIANTS,
 }
 
 #: Keys that no release before 0.3 knew.
@@ -101,8 +110,9 @@ def read_own_fields(
         if key not in wanted:
             raise CheckpointError(f"{where}, metadata key {key!r}: unknown here; the file is damaged or newer.")
         prefix, name = wanted.pop(key)
-        if name == "reads_memory" and value not in ("true", "false"):
-            raise CheckpointError(f"{where}, metadata key {key!r}: the value is {value!r}; 'true' or 'false' is needed.")
+        if value not in _ACCEPTED[name]:
+            accepted = ", ".join(map(repr, _ACCEPTED[name]))
+            raise CheckpointError(f"{where}, metadata key {key!r}: the value is {value!r}; accepted are {accepted}.")
         fields[prefix][name] = value == "true" if name == "reads_memory" else value
     if wanted:
         raise CheckpointError(f"{where}, metadata key {next(iter(wanted))!r}: this entry is missing.")
@@ -148,5 +158,4 @@ def _is_sensitive(file: ComponentFile) -> bool:
 
 
 def _metadata_key(prefix: str, name: str) -> str:
-    assert name in OWN_FIELDS
     return f"{METADATA_PREFIX}{prefix}.{name}" if prefix else f"{METADATA_PREFIX}{name}"

@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 from rxt_model.checkpoint.errors import CheckpointError, CheckpointWarning
-from rxt_model.config import OWN_FIELDS, MemoryAttentionConfig, MLMHeadConfig, StatelessConfig, TokenIds, TransformerConfig
+from rxt_model.config import (
+    OWN_FIELDS,
+    MemoryAttentionConfig,
+    MLMHeadConfig,
+    StatelessConfig,
+    TokenIds,
+    TransformerConfig,
+)
 
 __all__ = ["CONFIG_CLASSES", "checked_fields"]
 
@@ -28,6 +35,8 @@ CONFIG_CLASSES: Mapping[str, type[Any]] = {
 _OUT_OF_SCOPE = {
     "att_experts": "mixture-of-experts attention",
     "att_query_experts": "mixture-of-experts attention",
+    "att_num_experts": "mixture-of-experts attention",
+    "att_num_query_experts": "mixture-of-experts attention",
     "cross_att_experts": "mixture-of-experts attention",
     "cross_att_query_experts": "mixture-of-experts attention",
     "interlayer_att_experts": "mixture-of-experts attention",
@@ -41,8 +50,16 @@ _OUT_OF_SCOPE = {
     "use_moe_att": "mixture-of-experts attention",
 }
 
-#: Upstream keys without any effect on what is computed.
-_WITHOUT_EFFECT = frozenset({"debug_mode", "debug_interval"})
+#: Upstream keys that change nothing here: those of kernels and logging, those of attention types that are refused by
+#: name, and those that only say how tensors look whose presence and shape is checked anyway.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "debug_mode", "debug_interval", "att_num_global_tokens", "att_window_size", "moe_grouped_gemm",
+        "moe_use_cutlass_grouped_gemm", "vectorized_moe_from_legacy", "init_identity_norm", "dense_ff_dim",
+        "head_norm_type", "gated_attention_activation", "moe_bias_mode", "moe_shared_experts_bias_mode",
+        "use_attention_output_bias", "router_dtype",
+    }
+)  # fmt: skip
 
 _OFF = (None, False, 0, "", "null")
 

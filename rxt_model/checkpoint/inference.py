@@ -579,13 +579,15 @@ def _infer_variant(file: ComponentFile) -> str:
         possible = ("interlayer", "gated-self-interlayer", "grouped-self-interlayer")
     grouped = "num_groups" in file.config  # only the grouped component has this argument
     # Releases that asked for 'interlayer' built the gated variant nevertheless (spec 7, defect 1).
-    excusable = stated == "interlayer" and "gated-self-interlayer" in possible and file.forced_variant is None
+    excusable = stated == "interlayer" and file.forced_variant is None and "gated-self-interlayer" in possible
     if stated is not None and stated not in possible and not excusable:
         raise CheckpointError(
             f"{file.weights_file}: the tensors under {file.prefix + 'model.'!r} are those of memory attention "
             f"{' or '.join(possible)}, but the variant is stated as {stated!r}; the two do not belong together."
         )
     if stated in possible:
+        if excusable and len(possible) > 1:
+            file.doubts.append("variant")
         return stated
     if len(possible) == 1:
         return possible[0]

@@ -18,6 +18,7 @@ from rxt_model.checkpoint.fields import checked_fields
 from rxt_model.checkpoint.inference import ComponentFile, infer_component, is_ignored_buffer
 from rxt_model.checkpoint.protocol import LoadableModule, OwnsBuffers
 from rxt_model.checkpoint.reader import CONFIG_NAME, WEIGHTS_NAME, SafetensorsFile, read_json_object
+from rxt_model.checkpoint.rotary_base import settle_rotary_base
 from rxt_model.config import canonical_variant
 
 __all__ = ["LoadOptions", "load_model"]
@@ -203,6 +204,8 @@ def _resolve(
         files.append(_component_file(kind, prefix, shapes, checked_fields(kind, part, where=where), weights, where))
     _set_variant(files, config, config_path, own, options)
     fields = {file.prefix.rstrip("."): infer_component(file) for file in files}
+    for file in files:
+        settle_rotary_base(file, fields[file.prefix.rstrip(".")], weights)
     _set_own_fields(fields, files, own, weights, options)
     _warn_of_doubts(files, options)
     if component not in _FULL:
@@ -250,10 +253,7 @@ def _set_variant(
             except (ValueError, TypeError) as error:
                 raise CheckpointError(f"{config_path}, key 'memory_attention_variant': {error}") from error
         if own is not None:
-            try:
-                file.forced_variant = canonical_variant(own[file.prefix.rstrip(".")]["variant"])
-            except ValueError as error:
-                raise CheckpointError(f"{file.weights_file}, metadata key 'rxt…variant': {error}") from error
+            file.forced_variant = own[file.prefix.rstrip(".")]["variant"]
         if options.memory_attention_variant is not None:
             file.forced_variant = canonical_variant(options.memory_attention_variant)
 

@@ -135,13 +135,19 @@ def _upstream_fields(config: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if name in _VARIANT_FIELDS and config.get("variant") not in _VARIANT_FIELDS[name]:
             continue
-        if config.get("rope_layout") == "split" and name in _BEFORE_THIRD_ERA:
-            if value == _BEFORE_THIRD_ERA[name] or not _has_experts(config) and name in _EXPERT_FIELDS:
-                continue
+        if config.get("rope_layout") == "split" and _is_understood(name, value, config):
+            continue
         if value is not None or name not in _BEFORE_THIRD_ERA:
             fields[name] = list(value) if isinstance(value, tuple) else value
     _write_second_attention(fields, config)
     return fields
+
+
+def _is_understood(name: str, value: Any, config: Mapping[str, Any]) -> bool:
+    """Whether a release before 0.3 computes the same without being told this."""
+    if name in _EXPERT_FIELDS and not _has_experts(config):
+        return True
+    return name in _BEFORE_THIRD_ERA and bool(value == _BEFORE_THIRD_ERA[name])
 
 
 def _has_experts(config: Mapping[str, Any]) -> bool:
