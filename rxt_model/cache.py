@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,15 +19,28 @@ class MemoryKeyValue(NamedTuple):
     value: Tensor
 
 
+@dataclass
+class _Progress:
+    """How far the rows of a cache are filled."""
+
+    lengths: Tensor
+    capacity: int
+    longest: int = 0
+    is_uniform: bool = True
+
+
 class LayerCache:
     """Rotated keys and values of one layer, preallocated and grown by doubling.
+
+    Layers share the progress of their cache and do not know the cache itself: without a cycle of references the tensors
+    are freed as soon as the cache is.
 
     Rows may have different lengths: new tokens of row ``b`` are written at ``lengths[b]``, and a query sees the first
     ``lengths[b]`` keys of its own row and nothing else, so a batched conversation computes what each would alone.
     """
 
-    def __init__(self, owner: SelfAttentionCache) -> None:
-        self._owner = owner
+    def __init__(self, progress: _Progress) -> None:
+        self._progress = progress
         self.key: Tensor | None = None
         self.value: Tensor | None = None
 
@@ -41,42 +55,42 @@ class LayerCache:
         key_mask: Tensor | None,
     ) -> Tensor:
         """Append rotated keys and values of (B, T) new tokens and attend causally over all that is stored."""
-        owner = self._owner
+        progress = self._progress
         if angles is not None:
             key = rotary(key, angles, layout=rotary_layout)
         stored_key, stored_value = self._append(key, value)
-        if owner.is_prefill:
+        if progress.longest == 0:
             return sparse_query_attention(
                 query, key, value, causal=True, key_mask=key_mask, query_angles=angles, rotary_layout=rotary_layout
             )
-        visible = owner.longest + query.shape[1]
+        visible = progress.longest + query.shape[1]
         return sparse_query_attention(
             query,
             stored_key[:, :visible],
             stored_value[:, :visible],
             causal=query.shape[1] > 1,
-            key_lengths=None if owner.is_uniform else owner.lengths + query.shape[1],
+            key_lengths=None if progress.is_uniform else progress.lengths + query.shape[1],
             query_angles=angles,
             rotary_layout=rotary_layout,
         )
 
     def _append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        owner = self._owner
+        progress = self._progress
         batch, new, heads, head_dim = key.shape
         if self.key is None or self.value is None:
-            self.key = key.new_zeros(batch, owner.capacity, heads, head_dim)
-            self.value = value.new_zeros(batch, owner.capacity, heads, head_dim)
-        elif self.key.shape[1] < owner.capacity:
+            self.key = key.new_zeros(batch, progress.capacity, heads, head_dim)
+            self.value = value.new_zeros(batch, progress.capacity, heads, head_dim)
+        elif self.key.shape[1] < progress.capacity:
             self.key, self.value = (
-                torch.cat([old, old.new_zeros(batch, owner.capacity - old.shape[1], heads, head_dim)], dim=1)
+                torch.cat([old, old.new_zeros(batch, progress.capacity - old.shape[1], heads, head_dim)], dim=1)
                 for old in (self.key, self.value)
             )
-        if owner.is_uniform:
-            self.key[:, owner.longest : owner.longest + new] = key
-            self.value[:, owner.longest : owner.longest + new] = value
+        if progress.is_uniform:
+            self.key[:, progress.longest : progress.longest + new] = key
+            self.value[:, progress.longest : progress.longest + new] = value
         else:
             row = torch.arange(batch, device=key.device)[:, None]
-            column = owner.lengths[:, None] + torch.arange(new, device=key.device)
+            column = progress.lengths[:, None] + torch.arange(new, device=key.device)
             self.key[row, column] = key
             self.value[row, column] = value
         return self.key, self.value
@@ -104,23 +118,72 @@ class SelfAttentionCache:
         limit: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        if num_layers < 1 or batch_size < 1 or capacity < 1:
-            raise ValueError(
-                f"num_layers, batch_size and capacity are {num_layers}, {batch_size} and {capacity}; each must be at "
-                "least 1."
-            )
+        sizes = {"num_layers": num_layers, "batch_size": batch_size, "capacity": capacity, "limit": limit}
+        for name, value in sizes.items():
+            if (type(value) is not int or value < 1) and not (name == "limit" and value is None):
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
         self.batch_size = batch_size
         self.limit = limit
-        self.capacity = capacity if limit is None else min(capacity, limit)
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.longest = 0
-        self.is_uniform = True
-        self.layers = [LayerCache(self) for _ in range(num_layers)]
+        self._progress = _Progress(
+            lengths=torch.zeros(batch_size, dtype=torch.long, device=device),
+            capacity=capacity if limit is None else min(capacity, limit),
+        )
+        self.layers = [LayerCache(self._progress) for _ in range(num_layers)]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per row that there is room for without growing."""
+        return self._progress.capacity
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens stored in each row, (B,) int64."""
+        return self._progress.lengths
+
+    @property
+    def longest(self) -> int:
+        """Tokens stored in the longest row."""
+        return self._progress.longest
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all rows hold equally many tokens."""
+        return self._progress.is_uniform
 
     @property
     def is_prefill(self) -> bool:
         """Whether nothing is stored yet, so that the new tokens attend to each other only."""
         return self.longest == 0
+
+    def check(self, depth: int, batch: int, attention_mask: Tensor | None) -> None:
+        """Refuse a forward pass that this cache cannot follow.
+
+        Args:
+            depth: self-attention layers of the model.
+            batch: rows of its input.
+            attention_mask: (B, T), or None.
+
+        Raises:
+            ValueError: another model's or another batch's cache; a mask that is not right-padded, whose first tokens
+                would not be the real ones; a mask on later tokens, which all count.
+        """
+        if len(self.layers) != depth or self.batch_size != batch:
+            raise ValueError(
+                f"cache is for {len(self.layers)} layers and {self.batch_size} rows; the model has {depth} layers and "
+                f"input_ids {batch} rows. Make one with new_cache."
+            )
+        if attention_mask is None:
+            return
+        if not self.is_prefill:
+            raise ValueError(
+                "attention_mask is given with a cache that already holds tokens; it masks the first tokens only. Leave it "
+                "out, and say in cache.advance which rows go on."
+            )
+        if attention_mask.shape[1] > 1 and bool((attention_mask[:, 1:].bool() > attention_mask[:, :-1].bool()).any()):
+            raise ValueError(
+                "attention_mask has padding in front of real tokens, which a cache cannot hold; pad on the right, or leave "
+                "the cache out."
+            )
 
     def begin(self, new: int) -> None:
         """Make room for ``new`` more tokens per row.
@@ -128,6 +191,8 @@ class SelfAttentionCache:
         Raises:
             ValueError: the limit would be passed, or rows of different lengths were given several tokens at once.
         """
+        if type(new) is not int or new < 1:
+            raise ValueError(f"new is {new!r}; it must be an integer of at least 1.")
         if new > 1 and not self.is_uniform:
             raise ValueError(
                 f"rows of the cache have different lengths and {new} tokens per row were given; after a ragged prefill a "
@@ -140,23 +205,42 @@ class SelfAttentionCache:
                 "with a larger limit, or end the message earlier."
             )
         while self.capacity < needed:
-            self.capacity = self.capacity * 2 if self.limit is None else min(self.capacity * 2, self.limit)
+            doubled = self.capacity * 2
+            self._progress.capacity = doubled if self.limit is None else min(doubled, self.limit)
 
     def advance(self, new: int, valid: Tensor | None = None) -> None:
         """Count ``new`` tokens per row, of which the first ``valid[b]`` are real in row ``b``.
 
         Args:
             new: tokens written per row.
-            valid: (B,) int64, or None when all are real. Reads it on the host once, at the end of a prefill.
+            valid: (B,) int64, or None when all are real. It is read on the host.
+
+        Raises:
+            ValueError: ``valid`` has another shape, or counts below 0 or above ``new``; or more is counted than
+                ``begin`` made room for.
         """
+        progress = self._progress
+        if self.longest + new > self.capacity:
+            raise ValueError(
+                f"new is {new} and the cache holds {self.longest} of {self.capacity}; call begin before the layers run."
+            )
         if valid is None:
-            self.lengths = self.lengths + new
-            self.longest += new
+            progress.lengths = progress.lengths + new
+            progress.longest += new
             return
-        self.lengths = self.lengths + valid
-        lengths = self.lengths.tolist()
-        self.longest = max(lengths)
-        self.is_uniform = min(lengths) == self.longest
+        if valid.dtype is not torch.long or valid.shape != (self.batch_size,):
+            raise ValueError(
+                f"valid is {valid.dtype} of shape {tuple(valid.shape)}; it must be int64 of shape ({self.batch_size},)."
+            )
+        counts = valid.tolist()
+        if min(counts) < 0 or max(counts) > new:
+            raise ValueError(
+                f"valid holds counts from {min(counts)} to {max(counts)}; of {new} new tokens, 0 to {new} count."
+            )
+        progress.lengths = progress.lengths + valid
+        lengths = progress.lengths.tolist()
+        progress.longest = max(lengths)
+        progress.is_uniform = min(lengths) == progress.longest
 
     def positions(self, new: int) -> Tensor:
         """Positions of the next ``new`` tokens: (new,) when all rows are equally long, else (B, new)."""

@@ -44,17 +44,37 @@ def check_token_ids(input_ids: Tensor, attention_mask: Tensor | None, vocab_size
             f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, time) with at least one token."
         )
     if attention_mask is not None:
-        if attention_mask.dtype not in (torch.bool, torch.long, torch.int):
-            raise TypeError(f"attention_mask is of dtype {attention_mask.dtype}; it must be bool, or integer 0 and 1.")
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)}; they "
-                "must be equal."
-            )
+        check_attention_mask(attention_mask, "input_ids", tuple(input_ids.shape))
     if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= vocab_size:
             raise ValueError(f"input_ids holds ids from {low} to {high}; the vocabulary has ids 0 to {vocab_size - 1}.")
+
+
+def check_attention_mask(attention_mask: Tensor, of: str, shape: tuple[int, ...]) -> None:
+    """Refuse a mask that is no (batch, time) tensor of True and False for ``of``.
+
+    Raises:
+        TypeError: not a tensor of bool, or of integers 0 and 1.
+        ValueError: another shape.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dtype not in (torch.bool, torch.long, torch.int):
+        kind = attention_mask.dtype if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise TypeError(f"attention_mask is of type {kind}; it must be a tensor of bool, or of integers 0 and 1.")
+    if attention_mask.shape != shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; for {of} it must have shape {shape}."
+        )
+
+
+def check_device(name: str, value: Tensor | None, weights: Tensor) -> None:
+    """Refuse a tensor that is somewhere else than the weights.
+
+    Raises:
+        ValueError: another device.
+    """
+    if value is not None and value.device != weights.device:
+        raise ValueError(f"{name} is on {value.device} and the weights on {weights.device}; move one with .to(device).")
 
 
 def mean_of_losses(losses: Sequence[Tensor | None]) -> Tensor | None:
@@ -117,6 +137,11 @@ class DecoderNetwork(CausalNetwork):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        if not config.reads_memory:
+            raise ValueError(
+                "reads_memory is False; it is an encoder's switch. A decoder that reads no memory has "
+                "skip_memory_cross_attention=True."
+            )
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
         self.stm = ShortTermMemory(config.num_layers, config.stm_size, config.embed_dim)
@@ -214,7 +239,7 @@ class RxTDecoder(PretrainedModel):
         Args:
             memory: (L, 1 or B, S, D); None takes the decoder's own short-term memory.
         """
-        return self.model.project_memory(self.model.stm.memory if memory is None else memory)
+        return self.model.project_memory(self._checked_memory(memory))
 
     def hidden_states(
         self,
@@ -229,26 +254,43 @@ class RxTDecoder(PretrainedModel):
             input_ids: (B, T) int64.
             attention_mask: (B, T) bool, True at real tokens; None means that all are real.
             memory: (L, 1 or B, S, D), or what :meth:`project_memory` made of it; None takes the own short-term memory.
-            cache: keys and values of the tokens in front of these; the caller calls ``cache.advance`` afterwards.
+            cache: keys and values of the tokens in front of these; the caller calls ``cache.advance`` afterwards. With
+                an empty cache the mask must be right-padded, later there must be none.
 
         Raises:
-            TypeError, ValueError: ids, mask or memory that do not fit, named in a sentence.
+            TypeError, ValueError: ids, mask, memory or cache that do not fit, named in a sentence.
         """
+        weights = self.model.embedding.weight
         check_token_ids(input_ids, attention_mask, self.config.vocab_size)
+        check_device("input_ids", input_ids, weights)
+        check_device("attention_mask", attention_mask, weights)
+        batch = input_ids.shape[0]
+        if cache is not None:
+            cache.check(self.model.depth, batch, attention_mask)
         if memory is None or isinstance(memory, Tensor):
-            memory = self.project_memory(self._checked_memory(memory, input_ids.shape[0]))
+            memory = self.model.project_memory(self._checked_memory(memory, batch))
+        elif len(memory) != sum(index is not None for _, index in self.model.layers_in_order()):
+            raise ValueError(f"memory holds {len(memory)} projected layers; give what project_memory returned.")
         mask = None if attention_mask is None else attention_mask.bool()
         return self.model.hidden_states(input_ids, attention_mask=mask, memory=memory, cache=cache)
 
-    def _checked_memory(self, memory: Tensor | None, batch: int) -> Tensor:
+    def _checked_memory(self, memory: Tensor | None, batch: int | None = None) -> Tensor:
         memory = self.model.stm.memory if memory is None else memory
+        if not isinstance(memory, Tensor) or not memory.is_floating_point():
+            kind = memory.dtype if isinstance(memory, Tensor) else type(memory).__name__
+            raise TypeError(
+                f"memory is of type {kind}; it must be a floating-point tensor (layers, batch, slots, width)."
+            )
         config = self.config
         layers, rows, *rest = memory.shape if memory.dim() == 4 else (0, 0)
-        if layers != config.num_layers or rest[1:] != [config.embed_dim] or rows not in (1, batch):
+        if layers != config.num_layers or rest[1:] != [config.embed_dim] or rest[0] < 1 or rows < 1:
             raise ValueError(
-                f"memory has shape {tuple(memory.shape)}; for {batch} rows of input it must be ({config.num_layers}, 1 or "
-                f"{batch}, slots, {config.embed_dim})."
+                f"memory has shape {tuple(memory.shape)}; it must be ({config.num_layers}, batch, slots, "
+                f"{config.embed_dim})."
             )
+        if batch is not None and rows not in (1, batch):
+            raise ValueError(f"memory has {rows} rows and input_ids {batch}; it must have as many, or 1 for all.")
+        check_device("memory", memory, self.model.embedding.weight)
         return memory
 
     def forward(

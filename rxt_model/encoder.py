@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rxt_model.checkpoint.hub import Component, PretrainedModel
 from rxt_model.config import TransformerConfig
-from rxt_model.decoder import check_token_ids
+from rxt_model.decoder import check_device, check_token_ids
 from rxt_model.layers.rotary import rotary_positions
 from rxt_model.layers.transformer_layer import TransformerLayer
 from rxt_model.memory import ShortTermMemory
@@ -100,5 +100,7 @@ class RxTEncoder(PretrainedModel):
             TypeError, ValueError: ids or mask that do not fit, named in a sentence.
         """
         check_token_ids(input_ids, attention_mask, self.config.vocab_size)
+        check_device("input_ids", input_ids, self.model.embedding.weight)
+        check_device("attention_mask", attention_mask, self.model.embedding.weight)
         states: Tensor = self.model(input_ids, None if attention_mask is None else attention_mask.bool())
         return states

@@ -42,7 +42,10 @@ class MLMHead(PretrainedModel):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits of the last encoder state."""
-        if hidden.shape[-1] != self.config.embed_dim:
+        if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
+            kind = hidden.dtype if isinstance(hidden, Tensor) else type(hidden).__name__
+            raise TypeError(f"hidden is of type {kind}; it must be a floating-point tensor (..., embed_dim).")
+        if not hidden.dim() or hidden.shape[-1] != self.config.embed_dim:
             raise ValueError(
                 f"hidden has shape {tuple(hidden.shape)}; its last dimension must be embed_dim = {self.config.embed_dim}."
             )

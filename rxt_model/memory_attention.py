@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rxt_model.checkpoint.hub import Component, PretrainedModel
 from rxt_model.config import MemoryAttentionConfig
+from rxt_model.decoder import check_attention_mask
 from rxt_model.memory import MemoryAttentionNetwork, ShortTermMemory
 
 
@@ -46,6 +47,31 @@ class RxTMemoryAttention(PretrainedModel):
         return self.model.stm
 
     def forward(self, encoded: Tensor, attention_mask: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
-        """New memory (L, B, S, D) from encoded states (L, B, T, D), a (B, T) mask and the old memory; stores nothing."""
+        """The memory after an interaction; nothing is stored (see :meth:`ShortTermMemory.load`).
+
+        Args:
+            encoded: states of every encoder layer, (L, B, T, D).
+            attention_mask: (B, T) bool, True at real tokens; a row without any keeps its memory.
+            memory: (L, 1 or B, S, D); None takes this network's own short-term memory.
+
+        Returns:
+            (L, B, S, D).
+
+        Raises:
+            TypeError, ValueError: arguments that do not fit, named in a sentence.
+        """
+        if not isinstance(encoded, Tensor) or not encoded.is_floating_point():
+            kind = encoded.dtype if isinstance(encoded, Tensor) else type(encoded).__name__
+            raise TypeError(
+                f"encoded is of type {kind}; it must be a floating-point tensor (layers, batch, time, width)."
+            )
+        layers, width = self.config.num_layers, self.config.embed_dim
+        if encoded.dim() != 4 or (encoded.shape[0], encoded.shape[3]) != (layers, width) or 0 in encoded.shape:
+            raise ValueError(
+                f"encoded has shape {tuple(encoded.shape)}; it must be ({layers}, batch, time, {width}) with at least one "
+                "row and one token."
+            )
+        if attention_mask is not None:
+            check_attention_mask(attention_mask, "encoded", tuple(encoded.shape[1:3]))
         updated: Tensor = self.model(encoded, None if attention_mask is None else attention_mask.bool(), memory)
         return updated

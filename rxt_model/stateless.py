@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rxt_model.cache import SelfAttentionCache
 from rxt_model.checkpoint.hub import Component, PretrainedModel
 from rxt_model.config import StatelessConfig
-from rxt_model.decoder import CausalNetwork, HiddenStates, check_token_ids
+from rxt_model.decoder import CausalNetwork, HiddenStates, check_device, check_token_ids
 from rxt_model.layers.rotary import rotary_positions
 from rxt_model.layers.transformer_layer import TransformerLayer
 
@@ -87,6 +87,10 @@ class SparseQueryTransformer(PretrainedModel):
             cache: keys and values of the tokens in front of these; the caller calls ``cache.advance`` afterwards.
         """
         check_token_ids(input_ids, attention_mask, self.config.vocab_size)
+        check_device("input_ids", input_ids, self.model.embedding.weight)
+        check_device("attention_mask", attention_mask, self.model.embedding.weight)
+        if cache is not None:
+            cache.check(self.model.depth, input_ids.shape[0], attention_mask)
         mask = None if attention_mask is None else attention_mask.bool()
         return self.model.hidden_states(input_ids, attention_mask=mask, cache=cache)
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rxt_model.gradients import no_gradients
+
 INITIALISATIONS = ("standard", "normal", "uniform", "ones", "zeros")
+
+
+def _require_count(name: str, value: int) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
 
 
 class ShortTermMemory(nn.Module):
@@ -31,6 +38,8 @@ class ShortTermMemory(nn.Module):
 
     def __init__(self, num_layers: int, size: int, dim: int, *, init_type: str = "standard") -> None:
         super().__init__()
+        for name, value in (("num_layers", num_layers), ("size", size), ("dim", dim)):
+            _require_count(name, value)
         if init_type not in INITIALISATIONS:
             raise ValueError(f"init_type is {init_type!r}; accepted are {', '.join(map(repr, INITIALISATIONS))}.")
         self.num_layers = num_layers
@@ -60,7 +69,7 @@ class ShortTermMemory(nn.Module):
         """Draw the memory anew on a device, for a module that was built on the meta device."""
         self.memory = self._drawn(1, device, dtype, None)
 
-    @torch.no_grad()
+    @no_gradients()
     def reset(self, *, batch_size: int | None = None, init_type: str | None = None, seed: int | None = None) -> None:
         """Forget everything.
 
@@ -72,8 +81,10 @@ class ShortTermMemory(nn.Module):
         Raises:
             ValueError: ``batch_size`` below 1 or an unknown ``init_type``.
         """
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        if batch_size is not None:
+            _require_count("batch_size", batch_size)
+        if seed is not None and type(seed) is not int:
+            raise TypeError(f"seed is of type {type(seed).__name__}; it must be an integer or None.")
         if init_type is not None:
             if init_type not in INITIALISATIONS:
                 raise ValueError(f"init_type is {init_type!r}; accepted are {', '.join(map(repr, INITIALISATIONS))}.")
@@ -86,6 +97,7 @@ class ShortTermMemory(nn.Module):
             drawn = self._drawn(batch, torch.device("cpu"), torch.float32, generator)
             self.memory = drawn.to(self.memory.device, self.memory.dtype)
 
+    @no_gradients()
     def set_batch_size(self, batch_size: int) -> None:
         """Hold ``batch_size`` conversations, keeping what is remembered (spec 7, defect 18).
 
@@ -94,8 +106,7 @@ class ShortTermMemory(nn.Module):
         Raises:
             ValueError: the memory holds several conversations and a different number is asked for.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        _require_count("batch_size", batch_size)
         if batch_size == self.batch_size:
             return
         if self.batch_size != 1:
@@ -105,20 +116,24 @@ class ShortTermMemory(nn.Module):
             )
         self.memory = self.memory.expand(-1, batch_size, -1, -1).contiguous()
 
+    @no_gradients()
     def average(self) -> None:
         """Become one conversation, the mean of all of them; slots and channels stay apart (spec 7, defect 19)."""
         self.memory = self.memory.mean(dim=1, keepdim=True)
 
+    @no_gradients()
     def select(self, row: int) -> None:
         """Become the one conversation ``row``."""
-        if not 0 <= row < self.batch_size:
-            raise ValueError(f"row is {row}; the memory holds rows 0 to {self.batch_size - 1}.")
+        if type(row) is not int or not 0 <= row < self.batch_size:
+            raise ValueError(f"row is {row!r}; the memory holds rows 0 to {self.batch_size - 1}.")
         self.memory = self.memory[:, row : row + 1].clone()
 
+    @no_gradients()
     def export(self) -> Tensor:
         """A detached copy of the state, (L, B, S, D)."""
         return self.memory.detach().clone()
 
+    @no_gradients()
     def load(self, memory: Tensor) -> None:
         """Replace the state by a detached copy, cast and moved to where the memory lives.
 
@@ -129,16 +144,21 @@ class ShortTermMemory(nn.Module):
         if not isinstance(memory, Tensor) or not memory.is_floating_point():
             kind = memory.dtype if isinstance(memory, Tensor) else type(memory).__name__
             raise TypeError(f"memory is of type {kind}; it must be a floating-point tensor of shape (L, B, S, D).")
-        if memory.dim() != 4 or (memory.shape[0], *memory.shape[2:]) != (self.num_layers, self.size, self.dim):
+        expected = (self.num_layers, self.size, self.dim)
+        if memory.dim() != 4 or (memory.shape[0], *memory.shape[2:]) != expected or memory.shape[1] < 1:
             raise ValueError(
                 f"memory has shape {tuple(memory.shape)}; this model's is ({self.num_layers}, batch, {self.size}, "
-                f"{self.dim})."
+                f"{self.dim}) with a batch of at least 1."
             )
-        if not bool(torch.isfinite(memory).all()):
+        if memory.is_meta and not self.memory.is_meta:
+            raise ValueError("memory is on the meta device and has no values; give a tensor that has.")
+        loaded = memory.detach().to(self.memory.device, self.memory.dtype, copy=True)
+        if not loaded.is_meta and not bool(torch.isfinite(loaded).all()):
             raise ValueError(
-                "memory holds NaN or infinite values; load a state that was exported from a working model."
+                f"memory holds values that are NaN or infinite as {loaded.dtype}; load a state that was exported from a "
+                "working model."
             )
-        self.memory = memory.detach().to(self.memory.device, self.memory.dtype, copy=True)
+        self.memory = loaded
 
     def extra_repr(self) -> str:
         return f"num_layers={self.num_layers}, size={self.size}, dim={self.dim}, init_type={self.init_type!r}"
