@@ -1,0 +1,289 @@
+"""The recipe of the demo model: everything ``rxt train demo`` does, from texts to a loadable directory.
+
+A small RxT-Alpha (sparse query attention, a mixture of experts in the decoder, interlayer memory attention) learns to
+talk, and to keep what it is told, from synthetic conversations about personal facts mixed with real dialogue.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rxt_model.config import MemoryAttentionConfig, StatelessConfig, TransformerConfig
+from rxt_model.models import RxTAlpha
+from rxt_model.stateless import SparseQueryTransformer
+from rxt_model.tokenizer import Tokenizer, train_tokenizer
+
+from .dialogue import SMALL_TALK_TURNS, DialogueTurns, load_dialogue
+from .episodes import EpisodeWriter
+from .fact_values import VALUES
+from .facts import ATTRIBUTES, UNKNOWN_ANSWER, Wording
+from .history import history_objective
+from .memory_aware import Stage, StepResult, TrainingSettings, train
+
+__all__ = [
+    "DEMO_SETTINGS",
+    "DEMO_SHAPE",
+    "DemoShape",
+    "demo_model",
+    "demo_tokenizer",
+    "prepare_for_copying",
+    "stateless_model",
+    "train_demo",
+    "train_stateless",
+]
+
+TRAINING_STATE = "training-state.safetensors"
+
+
+@dataclass(frozen=True)
+class DemoShape:
+    """Sizes of the demo model. The defaults give 1.97 M weights: 7.9 MB in float32."""
+
+    vocab_size: int = 3072
+    embed_dim: int = 128
+    num_layers: int = 3
+    heads: int = 8
+    query_heads: int = 4
+    key_value_heads: int = 4
+    slots: int = 48
+    encoder_ff: int = 192
+    expert_ff: int = 96
+    experts: int = 4
+    active_experts: int = 2
+    seq_len: int = 256
+    variant: str = "interlayer"
+
+
+DEMO_SHAPE = DemoShape()
+DEMO_SETTINGS = TrainingSettings(
+    steps=3000,
+    learning_rate=2e-3,
+    stages=(
+        Stage(0.04, (2,), 192, 3),
+        Stage(0.10, (4,), 192, 4),
+        Stage(0.22, (4, 8), 256, 6),
+        Stage(1.00, (4, 8, 12, 18), 288, 14),
+    ),
+)
+
+
+def _tokenizer_texts(dialogue: DialogueTurns, seed: int) -> Iterator[str]:
+    """Training texts, with the values of facts often enough that most become one token."""
+    rng = random.Random(f"{seed}/tokenizer")
+    wording = Wording("train")
+    for _ in range(20000):
+        attribute = rng.choice(ATTRIBUTES)
+        value = rng.choice(attribute.values)
+        yield wording.tell(rng, [(attribute.key, value)])
+        yield wording.ask(rng, attribute.key)
+        yield wording.answer(attribute.key, value)
+    for values in VALUES.values():
+        for value in values:
+            yield from [value] * 300
+            yield from [value[:1].upper() + value[1:]] * 30
+    for query, answer in dialogue.train[:8000]:
+        yield query
+        yield answer
+    for query, answer in SMALL_TALK_TURNS * 20:
+        yield query
+        yield answer
+    yield from [UNKNOWN_ANSWER] * 20
+
+
+def demo_tokenizer(dialogue: DialogueTurns, *, vocab_size: int = DEMO_SHAPE.vocab_size, seed: int = 0) -> Tokenizer:
+    """The tokenizer of the demo model, trained on training texts only."""
+    return train_tokenizer(_tokenizer_texts(dialogue, seed), vocab_size)
+
+
+def demo_model(tokenizer: Tokenizer, shape: DemoShape = DEMO_SHAPE, *, seed: int = 0) -> RxTAlpha:
+    """An untrained demo model, prepared for copying."""
+    torch.manual_seed(seed)
+    shared: dict[str, Any] = {
+        "num_layers": shape.num_layers,
+        "embed_dim": shape.embed_dim,
+        "att_heads": shape.heads,
+        "att_groups": shape.key_value_heads,
+        "att_query_groups": shape.query_heads,
+        "seq_len": shape.seq_len,
+        "stm_size": shape.slots,
+    }
+    transformer: dict[str, Any] = {
+        **shared,
+        "vocab_size": tokenizer.vocab_size,
+        "num_shared_experts": 0,
+        "moe_bias_mode": "local",
+    }
+    model = RxTAlpha(
+        TransformerConfig(
+            **transformer,
+            ff_dim=shape.expert_ff,
+            use_moe=shape.experts > 1,
+            num_experts=shape.experts,
+            moe_top_k=shape.active_experts,
+        ),
+        TransformerConfig(**transformer, ff_dim=shape.encoder_ff, skip_memory_cross_attention=True),
+        MemoryAttentionConfig(
+            **shared, use_gated_residual=True, residual_gate_type="linear", use_tanh_residual_gate=False
+        ),
+        memory_attention_variant=shape.variant,
+        tokenizer=tokenizer,
+    )
+    prepare_for_copying(model)
+    return model
+
+
+def _copying_heads(attention: Any, basis: Tensor) -> None:
+    """Let values go in and come out unchanged, in a subspace that is the same everywhere."""
+    value, output = attention.v_proj.weight, attention.out_proj.weight
+    value.copy_(basis[: value.shape[0]])
+    if output.shape[1] == value.shape[0]:
+        output.copy_(basis[: value.shape[0]].t())
+    else:  # several query heads share a key/value head: spread its value over them
+        repeats = output.shape[1] // value.shape[0]
+        heads = basis[: value.shape[0]].unflatten(0, (-1, value.shape[0] // attention.key_value_heads))
+        output.copy_(heads.repeat_interleave(repeats, 0).flatten(0, 1).t() / repeats)
+
+
+@torch.no_grad()
+def prepare_for_copying(model: RxTAlpha | SparseQueryTransformer) -> None:
+    """Start from weights with which a token's identity survives on its way through memory.
+
+    Recalling a fact means copying a token: embedding, encoder, memory attention, memory, memory read, head. With random
+    weights that chain must first be found by chance, with these it exists at the start and training only has to learn
+    *what* to keep and *when* to read it:
+
+    * embeddings are small (standard deviation 0.25) and the head starts as their copy;
+    * all attentions that carry facts share one orthonormal value subspace, with outputs the transpose of values;
+    * memory gates start nearly closed, so that slots keep what they have, and open with their own slot's status.
+    """
+    width = model.config.embed_dim if isinstance(model, SparseQueryTransformer) else model.decoder.config.embed_dim
+    basis = torch.linalg.qr(torch.randn(width, width))[0]
+    network = model.model if isinstance(model, SparseQueryTransformer) else model.decoder.model
+    network.embedding.weight.mul_(0.25)
+    network.head.weight.copy_(network.embedding.weight)
+    network.head.bias.zero_()
+    for layer in network.layers:
+        _copying_heads(layer.attention, basis)
+        if hasattr(layer, "memory_cross_attention"):
+            _copying_heads(layer.memory_cross_attention, basis)
+    if isinstance(model, SparseQueryTransformer):
+        return
+    memory = model.memory_attention.model
+    for attention in memory.attention_layers:
+        _copying_heads(attention, basis)
+    gates = [(memory.residual_gate_layers, -1.0)]
+    if hasattr(memory, "mean_residual_gate_layers"):
+        gates.append((memory.mean_residual_gate_layers, -3.0))
+    for layers, bias in gates:
+        for gate in layers:
+            if isinstance(linear := gate.gate, nn.Linear):
+                linear.bias.fill_(bias)
+                linear.weight.mul_(0.3)
+                linear.weight.diagonal().add_(4.0)
+
+
+def stateless_model(tokenizer: Tokenizer, shape: DemoShape = DEMO_SHAPE, *, seed: int = 0) -> SparseQueryTransformer:
+    """A stateless language model of about the demo model's size: the same decoder layers, more of them."""
+    torch.manual_seed(seed)
+    model = SparseQueryTransformer(
+        StatelessConfig(
+            num_layers=shape.num_layers + 2,
+            vocab_size=tokenizer.vocab_size,
+            embed_dim=shape.embed_dim,
+            ff_dim=shape.expert_ff,
+            att_heads=shape.heads,
+            att_groups=shape.key_value_heads,
+            att_num_query_groups=shape.query_heads,
+            use_moe_ff=shape.experts > 1,
+            ff_num_experts=shape.experts,
+            ff_moe_top_k=shape.active_experts,
+            use_vectorized_moe=True,
+            seq_len=1024,
+        )
+    )
+    prepare_for_copying(model)
+    return model
+
+
+def _settings(steps: int | None, seed: int, settings: TrainingSettings) -> TrainingSettings:
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps must be at least 1; it was {steps}.")
+    return replace(settings, seed=seed, steps=settings.steps if steps is None else steps)
+
+
+def train_demo(
+    output_directory: str | Path,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    resume: bool = True,
+    shape: DemoShape = DEMO_SHAPE,
+    settings: TrainingSettings = DEMO_SETTINGS,
+    on_step: Callable[[int, StepResult], None] | None = None,
+) -> Path:
+    """Train the demo model, or continue a training that was interrupted.
+
+    Args:
+        output_directory: where the model goes; the state of the training is kept there too, and removed at the end.
+        steps: optimizer steps; None takes the recipe's. The curriculum stretches with them.
+        seed: fixes data, initial weights and memories: on one machine, the same seed gives the same model.
+        resume: continue from the state in ``output_directory`` if there is one.
+        shape: sizes of the model.
+        settings: the recipe; ``steps`` and ``seed`` replace those in it.
+        on_step: called after each step.
+
+    Returns:
+        The directory, to be given to ``RxTAlpha.from_pretrained`` and ``Tokenizer.from_pretrained``.
+
+    Raises:
+        ValueError: for arguments out of range, or a training state of other settings.
+        ModuleNotFoundError: if the dialogue package is not installed.
+    """
+    settings = _settings(steps, seed, settings)
+    directory = Path(output_directory)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"output_directory must be a directory; {directory} is a file.")
+    dialogue = load_dialogue()
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = demo_tokenizer(dialogue, vocab_size=shape.vocab_size, seed=seed)
+    model = demo_model(tokenizer, shape, seed=seed)
+    writer = EpisodeWriter.for_split("train", dialogue)
+    state = directory / TRAINING_STATE
+    train(model, tokenizer, writer, settings, checkpoint=state, resume=resume, on_step=on_step)
+    model.save_pretrained(directory, embedding="once")
+    state.unlink(missing_ok=True)
+    return directory
+
+
+def train_stateless(
+    output_directory: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    resume: bool = True,
+    shape: DemoShape = DEMO_SHAPE,
+    settings: TrainingSettings = DEMO_SETTINGS,
+    on_step: Callable[[int, StepResult], None] | None = None,
+) -> Path:
+    """Train the stateless model that reads the whole history, on the same data; arguments as in :func:`train_demo`."""
+    settings = _settings(steps, seed, settings)
+    directory = Path(output_directory)
+    dialogue = load_dialogue()
+    directory.mkdir(parents=True, exist_ok=True)
+    model = stateless_model(tokenizer, shape, seed=seed)
+    writer = EpisodeWriter.for_split("train", dialogue)
+    state = directory / TRAINING_STATE
+    train(
+        model, tokenizer, writer, settings, checkpoint=state, resume=resume, objective=history_objective, on_step=on_step
+    )
+    model.save_pretrained(directory)
+    state.unlink(missing_ok=True)
+    return directory

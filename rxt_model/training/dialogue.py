@@ -1,0 +1,120 @@
+"""Real dialogue for the turns between telling and asking: the Chit-Chat Challenge conversations.
+
+The package ``chitchat-dataset`` (MIT) carries 7,168 human conversations in its wheel. A message becomes a query and the
+reply to it the answer. Kept are short exchanges that neither state nor ask for the facts of :mod:`.facts` (those would
+be unanswered questions and untold facts), carry no address or number, and are fit for a shipped model to repeat.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+
+__all__ = ["SMALL_TALK_TURNS", "DialogueTurns", "load_dialogue"]
+
+_ABOUT_FACTS = re.compile(
+    r"my name|your name|i'?m from|i am from|you from|i live|you live|born|grew up|years old|how old|your age|my age"
+    r"|birthday|favou?rite|what do you do|for a living|do you work|i work|my job|your job|my (?:sister|brother|dog|cat|pet)"
+    r"|your (?:sister|brother|dog|cat|pet|car|major)|my car|i drive|do you speak|i speak|do you play|i play|country"
+    r"|remember|who are you|what'?s up with your|do you have (?:any )?(?:pets|siblings)|hometown|snapchat|instagram",
+    re.IGNORECASE,
+)
+_UNFIT = re.compile(
+    r"fuck|shit|bitch|\bass\b|asshole|damn|\bhell\b|sex|porn|nude|naked|dick|cock|pussy|tits|boob|slut|whore|rape|kill"
+    r"|suicid|murder|nigg|fag|gay|lesbian|retard|nazi|hitler|jew|muslim|islam|black people|white people|drug|weed|cocaine"
+    r"|drunk|stupid|idiot|hate you|racis|trump|terror|\bdie\b|dead|death|abuse|virgin|orgasm|horny|sucks?\b|crap|piss"
+    r"|@|http|www\.|\.com|\d{3,}|[^\x20-\x7e]",
+    re.IGNORECASE,
+)
+
+SMALL_TALK_TURNS: tuple[tuple[str, str], ...] = (
+    ("Hello", "Hello! How are you?"),
+    ("Hello!", "Hello! How are you?"),
+    ("Hi", "Hi! How are you?"),
+    ("Hi there!", "Hi! How are you?"),
+    ("Hey", "Hey! How are you?"),
+    ("Good morning", "Good morning!"),
+    ("Good evening", "Good evening!"),
+    ("How are you?", "I am fine, thank you. How are you?"),
+    ("How are you doing?", "I am fine, thank you. How are you?"),
+    ("I am fine", "I am glad to hear that."),
+    ("I am fine, thanks.", "I am glad to hear that."),
+    ("Thank you", "You are welcome!"),
+    ("Thanks!", "You are welcome!"),
+    ("Thank you very much.", "You are welcome!"),
+    ("That is right.", "I am glad to hear that."),
+    ("Yes, that is right!", "I am glad to hear that."),
+    ("Well done!", "Thank you!"),
+    ("You have a good memory!", "Thank you!"),
+    ("What are you?", "I am a small Reactive Transformer with a memory."),
+    ("Who are you?", "I am a small Reactive Transformer with a memory."),
+    ("What can you do?", "You can tell me about yourself, and I will remember it."),
+    ("Do you have a memory?", "Yes, you can tell me about yourself, and I will remember it."),
+    ("The weather is nice today.", "That sounds lovely."),
+    ("It is raining.", "I hope you have an umbrella."),
+    ("I am tired.", "I hope you can rest soon."),
+    ("I had a good day.", "I am glad to hear that."),
+    ("Goodbye!", "Goodbye! It was nice to talk to you."),
+    ("Bye", "Goodbye! It was nice to talk to you."),
+    ("Good night", "Good night! Sleep well."),
+)
+"""A few exchanges written for this model, so that it can greet and say what it is."""
+
+
+@dataclass(frozen=True)
+class DialogueTurns:
+    """(query, answer) pairs; the two lists come from different conversations."""
+
+    train: tuple[tuple[str, str], ...]
+    held_out: tuple[tuple[str, str], ...]
+
+
+def _clean(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _usable(text: str, max_words: int) -> bool:
+    words = text.split()
+    if not 1 <= len(words) <= max_words or len(text) > 6 * max_words:
+        return False
+    return _ABOUT_FACTS.search(text) is None and _UNFIT.search(text) is None
+
+
+def load_dialogue(*, max_words: int = 14, held_out_share: float = 0.1, seed: int = 20251123) -> DialogueTurns:
+    """Reads the dialogue package and splits its conversations into training and held-out ones.
+
+    Args:
+        max_words: longest message kept, on either side.
+        held_out_share: share of conversations set aside for evaluation.
+        seed: of the split.
+
+    Returns:
+        The exchanges of both splits, in the data set's order.
+
+    Raises:
+        ValueError: if ``max_words`` or ``held_out_share`` is out of range.
+        ModuleNotFoundError: if the package is missing, saying how to install it.
+    """
+    if max_words < 2:
+        raise ValueError(f"max_words must be at least 2; it was {max_words}.")
+    if not 0.0 < held_out_share < 1.0:
+        raise ValueError(f"held_out_share must lie between 0 and 1; it was {held_out_share}.")
+    try:
+        import chitchat_dataset
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Training mixes in real dialogue from the package chitchat-dataset, which is not installed. "
+            "Install it with: pip install 'rxt-kernels[train]'."
+        ) from error
+    rng = random.Random(seed)
+    train: list[tuple[str, str]] = []
+    held_out: list[tuple[str, str]] = []
+    for conversation in chitchat_dataset.Dataset().values():
+        target = held_out if rng.random() < held_out_share else train
+        messages = [_clean(" ".join(part["text"] for part in message)) for message in conversation["messages"]]
+        for query, answer in pairwise(messages):
+            if _usable(query, max_words) and _usable(answer, max_words):
+                target.append((query, answer))
+    return DialogueTurns(tuple(train), tuple(held_out))
