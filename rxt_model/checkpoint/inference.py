@@ -55,6 +55,7 @@ class ComponentFile:
         config_where: file and part for messages.
         stated_variant: the memory attention variant the full model's configuration names, if any.
         forced_variant: the variant the caller asks for, if any.
+        third_era: whether a release from 0.3 on seems to have written the files.
     """
 
     kind: str
@@ -65,6 +66,7 @@ class ComponentFile:
     prefix: str = ""
     stated_variant: str | None = None
     forced_variant: str | None = None
+    third_era: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
     #: Fields that no tensor and no configuration settles; the loader warns about them.
     doubts: list[str] = field(default_factory=list)
@@ -588,6 +590,7 @@ def _infer_variant(file: ComponentFile) -> str:
     if stated in possible:
         if excusable and len(possible) > 1:
             file.doubts.append("variant")
+            return "gated-self-interlayer" if file.third_era else stated
         return stated
     if len(possible) == 1:
         return possible[0]

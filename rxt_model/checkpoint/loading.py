@@ -202,7 +202,7 @@ def _resolve(
             if not isinstance(part, dict):
                 raise CheckpointError(f"{where}: a JSON object is needed; it is {type(part).__name__}.")
         files.append(_component_file(kind, prefix, shapes, checked_fields(kind, part, where=where), weights, where))
-    _set_variant(files, config, config_path, own, options)
+    _set_variant(files, config, config_path, own, weights, options)
     fields = {file.prefix.rstrip("."): infer_component(file) for file in files}
     for file in files:
         settle_rotary_base(file, fields[file.prefix.rstrip(".")], weights)
@@ -241,11 +241,14 @@ def _set_variant(
     config: Mapping[str, Any],
     config_path: Path,
     own: Mapping[str, Mapping[str, Any]] | None,
+    weights: SafetensorsFile,
     options: LoadOptions,
 ) -> None:
+    third_era = rope_layout_of_era(files, weights.metadata)[0] == "interleaved"
     for file in files:
         if file.kind != "memory_attention":
             continue
+        file.third_era = third_era
         stated = config.get("memory_attention_variant") if file.prefix else None
         if stated is not None:
             try:
@@ -299,7 +302,8 @@ def _warn_of_doubts(files: list[ComponentFile], options: LoadOptions) -> None:
         if "variant" in file.doubts and options.memory_attention_variant is None:
             warnings.warn(
                 f"{file.weights_file}: without gates, the tensors are the same for memory attention 'interlayer' and "
-                "'gated-self-interlayer'; 'interlayer' is assumed. Pass memory_attention_variant= for the other.",
+                f"'gated-self-interlayer'; {file.fields['variant']!r} is assumed. Pass memory_attention_variant= for the "
+                "other.",
                 CheckpointWarning,
                 stacklevel=2,
             )

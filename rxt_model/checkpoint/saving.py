@@ -59,12 +59,17 @@ _EXPERT_FIELDS = frozenset(
         "dense_ff_dim",
     }
 )  # fmt: skip
+#: Without any meaning for experts that are stored one by one, in every release.
+_IGNORED_PER_EXPERT = frozenset(
+    {"moe_bias_mode", "moe_shared_experts_bias_mode", "moe_use_weighted_shared_experts", "shared_expert_dim"}
+)
 #: Arguments that only one variant's constructor has.
 _VARIANT_FIELDS = {
     "disable_residual": ("simple",),
     "use_gate_for_self_attention": ("self",),
     "num_groups": ("grouped-self-interlayer",),
 }
+_DEFAULT_TITLE = "SYSTEM INSTRUCTIONS"
 _UPSTREAM_VARIANTS = {"gated-self-interlayer": "self-interlayer"}
 
 
@@ -117,13 +122,19 @@ def upstream_config(component: str, config: Mapping[str, Any]) -> dict[str, Any]
         {'embed_dim': 128, 'vocab_size': 7500}
     """
     if component not in _FULL:
-        return _upstream_fields(config)
+        fields = _upstream_fields(config)
+        if component == "stateless" and fields.get("rope_base") == _BEFORE_THIRD_ERA["rope_base"]:
+            del fields["rope_base"]  # no release's stateless model has this argument; all of them compute with 10000
+        return fields
     result: dict[str, Any] = {f"{part}_config": _upstream_fields(config[f"{part}_config"]) for part in _PARTS}
     variant = config["memory_attention_variant"]
-    result["memory_attention_variant"] = _UPSTREAM_VARIANTS.get(variant, variant)
+    early = config["decoder_config"].get("rope_layout") == "split"
+    # RxTBeta of that time has one variant and no title, and refuses both arguments.
+    if not (early and component == "rxt_beta" and variant == "gated-self-interlayer"):
+        result["memory_attention_variant"] = _UPSTREAM_VARIANTS.get(variant, variant)
     result["tokenizer_config"] = {key: value for key, value in config["tokenizer_config"].items() if value is not None}
     result["tokenizer"] = None
-    if component == "rxt_beta":
+    if component == "rxt_beta" and not (early and config["system_prompt_title"] == _DEFAULT_TITLE):
         result["system_prompt_title"] = config["system_prompt_title"]
     return result
 
@@ -147,6 +158,10 @@ def _is_understood(name: str, value: Any, config: Mapping[str, Any]) -> bool:
     """Whether a release before 0.3 computes the same without being told this."""
     if name in _EXPERT_FIELDS and not _has_experts(config):
         return True
+    if name in _IGNORED_PER_EXPERT and not config.get("use_vectorized_moe", True):
+        return True
+    if name == "dense_layer_dim" and not config.get("stateless_layers_config"):
+        return not config.get("final_stateless_layers_config")
     return name in _BEFORE_THIRD_ERA and bool(value == _BEFORE_THIRD_ERA[name])
 
 

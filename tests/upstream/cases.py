@@ -336,7 +336,8 @@ def language_model_cases(version: str) -> list[Case]:
     }
     if version == "0.3.92":
         models["gated"] = {"use_gated_attention": True, "use_attention_output_bias": False}
-        models["moe-per-expert"] = {**moe, "use_vectorized_moe": False, "ff_num_shared_experts": 2}
+        models["moe-per-expert"] = {**moe, "use_vectorized_moe": False}
+        models["moe-per-expert-2-shared"] = {**moe, "use_vectorized_moe": False, "ff_num_shared_experts": 2}
         models["moe-local"] = {**moe, "moe_bias_mode": "local", "ff_num_shared_experts": 2}
     return [
         part(f"llm-{name}", "llm", "DecoderOnlyTransformer", {**LANGUAGE_MODEL, **changes})
@@ -357,6 +358,7 @@ def full_cases(version: str) -> list[Case]:
             "alpha-static-tanh", {"self_att_type": "mha", "cross_att_type": "gqa"}, {}, STATIC_TANH, saving="separate"
         ),
         full("alpha-ungated", {}, {}, {}, saving="separate"),
+        full("alpha-ungated-interlayer", {}, {}, {}, variant="interlayer"),
         full("alpha-reversed-heads", {**REVERSED, **MOE}, REVERSED, {**LINEAR, **reversed_memory}),
         full("alpha-ends-early", MOE, {}, ELEMENTWISE, interaction=True, end_token=END[version]),
         full("alpha-interlayer", MOE, {}, LINEAR, variant="interlayer", interaction=True),
