@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rxt_model.checkpoint.convert import convert_rope_layout
@@ -17,6 +14,7 @@ from rxt_model.checkpoint.era import own_field_metadata
 from rxt_model.checkpoint.errors import CheckpointError
 from rxt_model.checkpoint.protocol import LoadableModule
 from rxt_model.checkpoint.reader import CONFIG_NAME, WEIGHTS_NAME
+from rxt_model.checkpoint.writer import write_safetensors
 from rxt_model.config import OWN_FIELDS
 from rxt_model.files import atomic_path
 
@@ -92,7 +90,7 @@ def save_model(
         config = _with_rope_layout(config, rope_layout)
     if embedding == "once" and model.component in _FULL:
         del tensors["encoder.model.embedding.weight"]
-    tensors = _storable(tensors, model)
+    _refuse_meta(tensors, model)
     metadata = own_field_metadata(model.component, _configs_by_prefix(model.component, config))
     text = json.dumps(upstream_config(model.component, config), indent=2, sort_keys=True, allow_nan=False) + "\n"
     try:
@@ -100,9 +98,9 @@ def save_model(
         # Both are complete before either takes its name, so a failing save leaves the old pair as it was.
         weights_path, config_path = directory / WEIGHTS_NAME, directory / CONFIG_NAME
         with atomic_path(weights_path) as weights_file, atomic_path(config_path) as config_file:
-            save_file(tensors, weights_file, metadata=metadata)
+            write_safetensors(tensors, weights_file, metadata=metadata)
             config_file.write_text(text, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(f"{directory}: the model cannot be saved there ({error}).") from error
 
 
@@ -196,20 +194,9 @@ def _with_rope_layout(config: Mapping[str, Any], layout: str) -> dict[str, Any]:
     return {**config, **{f"{part}_config": {**config[f"{part}_config"], "rope_layout": layout} for part in _PARTS}}
 
 
-def _storable(tensors: Mapping[str, Tensor], model: LoadableModule) -> dict[str, Tensor]:
-    """Contiguous CPU tensors, each with memory of its own, as the format needs them."""
-    result: dict[str, Tensor] = {}
-    seen: set[int] = set()
+def _refuse_meta(tensors: Mapping[str, Tensor], model: LoadableModule) -> None:
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise CheckpointError(
                 f"key {name!r}: this {type(model).__name__} is on the meta device and has no weights to save."
             )
-        tensor = tensor.detach().to("cpu", memory_format=torch.contiguous_format).contiguous()
-        storage = tensor.untyped_storage()
-        whole = storage.nbytes() == tensor.numel() * tensor.element_size()
-        if storage.data_ptr() in seen or not whole:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        result[name] = tensor
-    return result
