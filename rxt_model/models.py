@@ -88,7 +88,13 @@ class ReactiveTransformer(PretrainedModel, Conversation):
         decoder = TransformerConfig.of(decoder_config)
         encoder = TransformerConfig.of(encoder_config)
         memory_attention = MemoryAttentionConfig.of(memory_attention_config)
-        memory_attention = memory_attention.replace(variant=canonical_variant(memory_attention_variant))
+        variant = canonical_variant(memory_attention_variant)
+        if memory_attention.variant not in (variant, MemoryAttentionConfig.variant):
+            raise ValueError(
+                f"memory_attention_variant is {variant!r} and memory_attention_config.variant is "
+                f"{memory_attention.variant!r}; give the same twice, or leave it out of memory_attention_config."
+            )
+        memory_attention = memory_attention.replace(variant=variant)
         _check_components_fit(decoder, encoder, memory_attention)
         self.decoder = RxTDecoder(decoder)
         self.encoder = RxTEncoder(encoder)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from rxt_model.gradients import no_gradients
 from rxt_model.interaction.decoding import CachedDecoding, Decoding, Step, UncachedDecoding, padded, stream_tokens
-from rxt_model.interaction.sampling import Sampler, SamplingOptions
+from rxt_model.interaction.sampling import Sampler, SamplingOptions, most_likely
 from rxt_model.interaction.state import (
     ConversationState,
     StateError,
@@ -32,16 +34,22 @@ if TYPE_CHECKING:
 THINKING_MODES = ("auto", "fast", "extended")
 
 
-def _tokens_of_one(steps: Generator[Step, None, None]) -> Iterator[int]:
+def _tokens_of_one(steps: Generator[Step, None, None]) -> Generator[int, None, None]:
     with closing(steps):
         for step in steps:
             yield int(step.tokens[0])
 
 
-def _tokens_of_all(steps: Generator[Step, None, None]) -> Iterator[Tensor]:
+def _tokens_of_all(steps: Generator[Step, None, None]) -> Generator[Tensor, None, None]:
     with closing(steps):
         for step in steps:
             yield step.tokens
+
+
+def _refuse_meta(*tensors: Tensor | None) -> None:
+    for name, tensor in zip(("input_ids", "attention_mask"), tensors, strict=True):
+        if tensor is not None and tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no values; give a tensor that has.")
 
 
 class _OpenInteraction:
@@ -106,7 +114,7 @@ class Conversation(TextInterface):
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @no_gradients()
     def _write_interaction(self, rows: Sequence[Sequence[int]]) -> None:
         input_ids, lengths = padded(rows, self.device)
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -115,7 +123,7 @@ class Conversation(TextInterface):
         self.stm.load(self.memory_attention(encoded, mask, self.stm.memory))
         self.turns += 1
 
-    @torch.no_grad()
+    @no_gradients()
     def init_stm_state(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, add_noise: float = 0.0, force: bool = False
     ) -> None:
@@ -123,27 +131,43 @@ class Conversation(TextInterface):
 
         Args:
             input_ids: (B, T) int64.
-            attention_mask: (B, T) bool, True at real tokens. A row without any keeps its memory.
+            attention_mask: (B, T) bool, True at real tokens, wherever they stand. A row without any keeps its memory.
             add_noise: standard deviation of noise on the encoded states.
             force: store the encoded states themselves instead of updating; T must equal the number of slots.
 
         Raises:
-            ValueError: a batch that does not fit the memory, or ``force`` with a length that is not the slot count.
+            TypeError, ValueError: ids or mask that do not fit, a batch that does not fit the memory, or ``force`` with a
+                length that is not the slot count.
         """
-        self._settle()
-        if add_noise < 0:
-            raise ValueError(f"add_noise is {add_noise}; a standard deviation is at least 0.")
+        from rxt_model.decoder import check_token_ids
+
+        check_token_ids(input_ids, attention_mask, self.decoder.config.vocab_size)
+        _refuse_meta(input_ids, attention_mask)
+        if isinstance(add_noise, bool) or not isinstance(add_noise, (int, float)) or not 0 <= add_noise < float("inf"):
+            raise ValueError(f"add_noise is {add_noise!r}; a standard deviation is a finite number of at least 0.")
         self._check_rows(input_ids.shape[0])
         if force and input_ids.shape[1] != self.stm.size:
             raise ValueError(
                 f"force=True stores one encoded token per memory slot; input_ids has {input_ids.shape[1]} tokens and the "
                 f"memory {self.stm.size} slots."
             )
+        self._settle()
         mask = None if attention_mask is None else attention_mask.bool().to(self.device)
-        encoded = self.encoder(input_ids.to(self.device), mask)
+        input_ids = input_ids.to(self.device)
+        if mask is not None and not force and self.memory_attention.config.padding == "mask":
+            # Real tokens to the front, where a message alone has them: memory attention knows positions.
+            order = (~mask).long().argsort(dim=1, stable=True)
+            input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
+        encoded = self.encoder(input_ids, mask)
         if add_noise:
             encoded = encoded + add_noise * torch.randn_like(encoded)
-        self.stm.load(encoded if force else self.memory_attention(encoded, mask, self.stm.memory))
+        if not force:
+            updated = self.memory_attention(encoded, mask, self.stm.memory)
+        elif mask is None:
+            updated = encoded
+        else:
+            updated = torch.where(mask.any(dim=1)[None, :, None, None], encoded, self.stm.memory)
+        self.stm.load(updated)
         self.turns = 0
 
     def init_model(
@@ -153,12 +177,15 @@ class Conversation(TextInterface):
         device: torch.device | str | None = None,
     ) -> None:
         """Share components, move to a device, and write a system prompt into memory if one is given."""
+        ids: list[int] | None = None
+        if system_prompt is not None:
+            ids = self.template.system_prompt(system_prompt, self.system_prompt_title)
+            fits(ids, self._limit(max_seq_len), room=0, what="the system prompt")
+            self._check_rows(1)
         self.share_components()
         if device is not None:
             self.to(device)  # type: ignore[attr-defined]
-        if system_prompt is not None:
-            ids = self.template.system_prompt(system_prompt, self.system_prompt_title)
-            fits(ids, max_seq_len or self.default_max_seq_len, room=0, what="the system prompt")
+        if ids is not None:
             self.init_stm_state(torch.tensor([ids], device=self.device))
 
     def share_components(self) -> None:
@@ -167,8 +194,8 @@ class Conversation(TextInterface):
 
     def reset_stm(self, init_type: str | None = None, seed: int | None = None) -> None:
         """Forget the conversation; see :meth:`ShortTermMemory.reset`."""
-        self._abandon()
         self.stm.reset(init_type=init_type, seed=seed)
+        self._abandon()
         self.turns = 0
 
     def _abandon(self) -> None:
@@ -184,17 +211,20 @@ class Conversation(TextInterface):
             batch_size: conversations, with ``use_batch=True``.
 
         Raises:
-            ValueError: ``use_batch`` without a batch size, or several conversations that would have to become another
-                number of conversations.
+            ValueError: ``use_batch`` without a batch size or the other way round, or several conversations that would have
+                to become another number of conversations.
         """
-        self._settle()
         if not use_batch:
+            if batch_size not in (None, 1):
+                raise ValueError(f"batch_size is {batch_size!r} with use_batch=False; leave it out.")
+            self._settle()
             self.stm.select(0)
             return
         if batch_size is None:
             raise ValueError(
                 "batch_size is None; set_batch_mode(True, batch_size=...) needs the number of conversations."
             )
+        self._settle()
         self.stm.set_batch_size(batch_size)
 
     def export_stm_state(self) -> Tensor:
@@ -204,8 +234,8 @@ class Conversation(TextInterface):
 
     def load_stm_state(self, memory: Tensor) -> None:
         """Replace the memory; see :meth:`ShortTermMemory.load`. An unfinished interaction is dropped."""
-        self._abandon()
         self.stm.load(memory)
+        self._abandon()
 
     def save_conversation(self, path: str | os.PathLike[str], notes: Mapping[str, str] | None = None) -> Path:
         """Save memory, turn count and this model's fingerprint to one safetensors file, whole or not at all.
@@ -232,7 +262,10 @@ class Conversation(TextInterface):
                 f"{path} was saved by a model with fingerprint {state.fingerprint[:12]}, this one has {own[:12]}; a memory "
                 "means nothing to other weights. Load it with the model that saved it."
             )
-        self.load_stm_state(state.memory)
+        try:
+            self.load_stm_state(state.memory)
+        except ValueError as error:
+            raise StateError(f"{path} holds a memory that does not fit: {error}") from None
         self.turns = state.turns
         return state
 
@@ -253,7 +286,7 @@ class Conversation(TextInterface):
         use_self_attn_cache: bool = True,
         thinking_mode: str | None = None,
         seed: int | None = None,
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Answer one message token by token, then update the memory.
 
         Args:
@@ -292,7 +325,7 @@ class Conversation(TextInterface):
         use_self_attn_cache: bool = True,
         thinking_mode: str | None = None,
         seed: int | Sequence[int] | None = None,
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor, None, None]:
         """Answer one message per conversation, all at once; each gets the tokens it would get alone.
 
         Arguments as in :meth:`interact`, with (B, T) ids and mask, B being the batch size of :meth:`set_batch_mode`.
@@ -341,7 +374,7 @@ class Conversation(TextInterface):
                 break
         if answers_only:
             rows = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
-        width = max_seq_len or self.default_max_seq_len
+        width = self._limit(max_seq_len)
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
         for index, row in enumerate(rows):
@@ -353,6 +386,7 @@ class Conversation(TextInterface):
         from rxt_model.decoder import check_token_ids
 
         check_token_ids(input_ids, attention_mask, self.decoder.config.vocab_size)
+        _refuse_meta(input_ids, attention_mask)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompts = [
             [token for token, keep in zip(row, row_mask, strict=True) if keep]
@@ -371,7 +405,7 @@ class Conversation(TextInterface):
             )
 
     def _decoding(self, use_cache: bool, rows: int, capacity: int) -> Decoding:
-        with torch.no_grad():
+        with no_gradients():
             memory = self.decoder.project_memory()
 
         if use_cache:
@@ -395,9 +429,12 @@ class Conversation(TextInterface):
         thinking_mode: str | None,
     ) -> Generator[Step, None, None]:
         """Check everything, then return the stream of an answer and its memory update."""
-        limit = max_seq_len or self.default_max_seq_len
-        for prompt in prompts:
-            fits(prompt, limit, room=2, what="the message")
+        limit = self._limit(max_seq_len)
+        for index, prompt in enumerate(prompts):
+            fits(prompt, limit, room=2, what="the message" if len(prompts) == 1 else f"message {index}")
+        options.check_vocabulary(self.decoder.config.vocab_size)
+        if type(use_cache) is not bool:
+            raise TypeError(f"use_self_attn_cache is {use_cache!r}; it must be True or False.")
         opening_ids = self._opening_ids(thinking_mode)
         sampler = Sampler(options, rows=len(prompts))
         return self._stream(prompts, sampler, limit, use_cache, opening_ids)
@@ -428,16 +465,18 @@ class Conversation(TextInterface):
         opening_ids: tuple[int, ...],
     ) -> Generator[Step, None, None]:
         self._settle()
+        self._check_rows(len(prompts))  # the memory may have changed since the arguments were checked
         # RxT-Alpha appends [A] itself and does not yield it (spec 2.16).
         rows = [prompt if self.thinks else [*prompt, self.token_ids.answer_token_id] for prompt in prompts]
         interaction = self._open = _OpenInteraction(self, [list(row) for row in rows])
         self._text_stream = None
+        text_rows = self._text_rows = WeakTensorKeyDictionary()
         opening = None
         if opening_ids:
             choices = torch.tensor(opening_ids, device=self.device)
 
             def opening(logits: Tensor) -> Tensor:
-                return choices[logits[:, choices].argmax(dim=-1)]
+                return most_likely(logits, choices)
 
         try:
             decoding = self._decoding(use_cache, len(rows), min(limit, max(map(len, rows)) + 64))
@@ -455,7 +494,7 @@ class Conversation(TextInterface):
                         "answer to its end before asking again."
                     )
                 interaction.append(step)
-                self._text_rows = step.active
+                text_rows[step.tokens] = step.active
                 yield step
             everyone = torch.ones(len(rows), dtype=torch.bool, device=self.device)
             yield Step(torch.full((len(rows),), MEMORY_UPDATE_START, device=self.device), everyone)

@@ -1,6 +1,6 @@
 """From prompts to a stream of tokens: prefill, one step per token, budgets and end tokens (spec 1, steps 3 and 4).
 
-Every forward pass is guarded by its own ``torch.no_grad``; none is held while a caller has control (spec 7, defect 5).
+Every forward pass is guarded by its own ``no_gradients``; none is held while a caller has control (spec 7, defect 5).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rxt_model.cache import SelfAttentionCache
+from rxt_model.gradients import no_gradients
 from rxt_model.interaction.sampling import Sampler
 
 HiddenFunction = Callable[[Tensor, "SelfAttentionCache | None"], Tensor]
@@ -50,7 +51,7 @@ class CachedDecoding:
         self.cache = cache
         self._device = device
 
-    @torch.no_grad()
+    @no_gradients()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         input_ids, lengths = padded(prompts, self._device)
         hidden = self._hidden_states(input_ids, self.cache)
@@ -58,7 +59,7 @@ class CachedDecoding:
         self.cache.advance(input_ids.shape[1], None if same_length else lengths)
         return self._logits(last_rows(hidden, lengths))
 
-    @torch.no_grad()
+    @no_gradients()
     def step(self, tokens: Tensor, active: Tensor | None) -> Tensor:
         hidden = self._hidden_states(tokens[:, None], self.cache)
         self.cache.advance(1, None if active is None else active.long())
@@ -74,12 +75,12 @@ class UncachedDecoding:
         self._device = device
         self._rows: list[list[int]] = []
 
-    @torch.no_grad()
+    @no_gradients()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         self._rows = [list(prompt) for prompt in prompts]
         return self._run()
 
-    @torch.no_grad()
+    @no_gradients()
     def step(self, tokens: Tensor, active: Tensor | None) -> Tensor:
         alive = [True] * len(self._rows) if active is None else active.tolist()
         for row, token, is_active in zip(self._rows, tokens.tolist(), alive, strict=True):

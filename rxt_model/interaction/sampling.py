@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: Below this a division in float32 would overflow to a temperature of 0.
+_SMALLEST_TEMPERATURE = 1e-30
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -31,12 +34,33 @@ class SamplingOptions:
     seed: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
+        if not _is_number(self.temperature) or not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature!r}; it must be a finite number of at least 0.")
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
             raise ValueError(f"top_k is {self.top_k!r}; it must be an integer of at least 1, or None.")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p is {self.top_p!r}; it must lie in (0, 1], or be None.")
+        if self.top_p is not None and (not _is_number(self.top_p) or not 0.0 < self.top_p <= 1.0):
+            raise ValueError(f"top_p is {self.top_p!r}; it must be a number in (0, 1], or None.")
+        if self.seed is None:
+            return
+        is_sequence = isinstance(self.seed, Sequence) and not isinstance(self.seed, (str, bytes))
+        for seed in self.seed if is_sequence else [self.seed]:  # type: ignore[union-attr]
+            if type(seed) is not int or not 0 <= seed < 2**63:
+                raise ValueError(
+                    f"seed is {self.seed!r}; it must be an integer from 0 to 2^63 - 1, one for each row, or None."
+                )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse options that no model with this vocabulary can follow.
+
+        Raises:
+            ValueError: ``top_k`` is larger than the vocabulary.
+        """
+        if self.top_k is not None and self.top_k > vocab_size:
+            raise ValueError(f"top_k is {self.top_k}; the vocabulary has {vocab_size} tokens.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def token_probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
@@ -53,10 +77,15 @@ def token_probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
         >>> token_probabilities(torch.tensor([[2.0, 1.0, 0.0]]), SamplingOptions(top_k=1)).tolist()
         [[1.0, 0.0, 0.0]]
     """
-    scaled = logits.float() / options.temperature
+    options.check_vocabulary(logits.shape[-1])
+    if options.temperature == 0.0:
+        raise ValueError(
+            "temperature is 0, which is the limit of no distribution; the sampler takes the likeliest token."
+        )
+    # The largest logit becomes 0, so that the smallest temperatures cannot overflow; they are greedy.
+    scaled = logits.float()
+    scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / max(options.temperature, _SMALLEST_TEMPERATURE)
     if options.top_k is not None:
-        if options.top_k > scaled.shape[-1]:
-            raise ValueError(f"top_k is {options.top_k}; the vocabulary has {scaled.shape[-1]} tokens.")
         threshold = scaled.topk(options.top_k, dim=-1).values[:, -1:]
         scaled = scaled.masked_fill(scaled < threshold, -torch.inf)
     probabilities = scaled.softmax(dim=-1)
@@ -67,6 +96,30 @@ def token_probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
         probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
     return probabilities
+
+
+_NO_TOKEN = "logits hold NaN or infinite values, so no token can be chosen; check weights and memory."
+
+
+def most_likely(logits: Tensor, choices: Tensor | None = None) -> Tensor:
+    """The token with the largest logit, of all or of some; the first of equal ones.
+
+    Args:
+        logits: (B, V).
+        choices: ids (N,) to choose from, or None.
+
+    Returns:
+        (B,) int64.
+
+    Raises:
+        ValueError: the largest logit is NaN or infinite.
+    """
+    if choices is not None:
+        logits = logits[:, choices]
+    largest, token = logits.max(dim=-1)  # NaN counts as the largest
+    if not bool(torch.isfinite(largest).all()):
+        raise ValueError(_NO_TOKEN)
+    return token if choices is None else choices[token]
 
 
 class Sampler:
@@ -98,10 +151,11 @@ class Sampler:
             ValueError: logits hold NaN, so that no token can be chosen.
         """
         if self.options.temperature == 0.0:
-            return logits.argmax(dim=-1)
+            self.options.check_vocabulary(logits.shape[-1])
+            return most_likely(logits)
         probabilities = token_probabilities(logits, self.options)
         if bool(torch.isnan(probabilities).any()):
-            raise ValueError("logits hold NaN or infinite values, so no token can be drawn; check weights and memory.")
+            raise ValueError(_NO_TOKEN)
         # Inverse of the cumulative distribution at one uniform number per row: independent of batch size and device.
         cumulative = probabilities.double().cumsum(dim=-1)
         uniform = self._uniform(logits.shape[0]).to(logits.device) * cumulative[:, -1:]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,10 +48,10 @@ class ConversationState:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A hash over names, shapes and samples of all weights, equal for the same model in another dtype or on another device.
+    """A hash over names, shapes and samples of all weights, equal on another device and for a bfloat16 copy.
 
-    Values are sampled (64 per tensor, after rounding to bfloat16), so that fingerprinting a large model takes
-    milliseconds.
+    Values are sampled (64 per tensor and more, after rounding to bfloat16), so that fingerprinting a large model takes
+    milliseconds. A float16 copy is another model: its values were rounded in another way.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters(remove_duplicate=True):
@@ -66,18 +67,29 @@ def save_state(state: ConversationState, path: str | os.PathLike[str]) -> Path:
     """Write a state to one safetensors file, whole or not at all.
 
     Raises:
+        TypeError: notes that are not strings.
         OSError: the directory does not exist or cannot be written.
     """
+    for key, value in state.notes.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"notes holds {key!r}: {value!r}; keys and values must be strings.")
+    memory = state.memory.detach().to("cpu").contiguous()
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "fingerprint": state.fingerprint,
         "turns": str(state.turns),
         "notes": json.dumps(dict(state.notes)),
+        "checksum": _checksum(memory),
     }
     with atomic_path(path) as temporary:
-        save_file({"memory": state.memory.detach().to("cpu").contiguous()}, temporary, metadata)
+        save_file({"memory": memory}, temporary, metadata)
     return Path(path)
+
+
+def _checksum(memory: Tensor) -> str:
+    """CRC-32 of the bytes: safetensors itself notices a file that is too short, not one whose numbers have changed."""
+    return f"{zlib.crc32(memory.reshape(-1).view(torch.uint8).numpy().data):08x}"
 
 
 def load_state(path: str | os.PathLike[str]) -> ConversationState:
@@ -99,18 +111,24 @@ def load_state(path: str | os.PathLike[str]) -> ConversationState:
         raise StateError(
             f"{file} is damaged or not a safetensors file ({error}); save the conversation again."
         ) from None
-    if metadata.get("format") != FORMAT or memory is None or not memory.is_floating_point():
+    if metadata.get("format") != FORMAT:
         raise StateError(f"{file} is a safetensors file but not a saved conversation; it holds {names[:3]}.")
     try:
-        version, turns = int(metadata["format_version"]), int(metadata["turns"])
-        notes = json.loads(metadata["notes"])
-        fingerprint = metadata["fingerprint"]
+        version = int(metadata["format_version"])
+        if version > FORMAT_VERSION:  # before anything that a newer format may have changed
+            raise StateError(
+                f"{file} has format version {version}; this release reads up to {FORMAT_VERSION}. Update rxt-kernels."
+            )
+        turns, notes = int(metadata["turns"]), json.loads(metadata["notes"])
+        fingerprint, checksum = metadata["fingerprint"], metadata["checksum"]
+    except StateError:
+        raise
     except (KeyError, ValueError) as error:
         raise StateError(f"{file} has damaged metadata ({error}); save the conversation again.") from None
-    if version > FORMAT_VERSION:
-        raise StateError(
-            f"{file} has format version {version}; this release reads up to {FORMAT_VERSION}. Update rxt-kernels."
-        )
     if turns < 0 or not isinstance(notes, dict):
         raise StateError(f"{file} has damaged metadata (turns {turns}); save the conversation again.")
+    if memory is None or not memory.is_floating_point() or _checksum(memory) != checksum:
+        raise StateError(
+            f"{file} holds no memory, or one that was changed after it was saved; save the conversation again."
+        )
     return ConversationState(memory, turns, fingerprint, {str(key): str(value) for key, value in notes.items()})

@@ -48,8 +48,12 @@ class InteractionTemplate:
         """Ids of a message up to where the answer starts, without ``[A]``.
 
         Raises:
+            TypeError: a part that is no string.
             ValueError: both a query and a tool result (spec 7, defect 30), neither, or a part the model has no token for.
         """
+        for name, part in (("query", query), ("internal", internal), ("tool_result", tool_result)):
+            if part is not None and not isinstance(part, str):
+                raise TypeError(f"{name} is of type {type(part).__name__}; it must be a string.")
         if query and tool_result:
             raise ValueError("query and tool_result are both given; an interaction starts with one of them.")
         if not query and not tool_result:
@@ -71,7 +75,11 @@ class InteractionTemplate:
         internal: str | None = None,
         tool_result: str | None = None,
     ) -> list[int]:
-        """Ids of a whole interaction, ``[BOS]`` to ``[EOS]``."""
+        """Ids of a whole interaction, ``[BOS]`` to ``[EOS]``.
+
+        Raises:
+            ValueError: as :meth:`prompt`.
+        """
         return [
             *self.prompt(query, internal=internal, tool_result=tool_result),
             *self._part(self.ids.think_token_id, "think [T]", think),
@@ -82,6 +90,8 @@ class InteractionTemplate:
 
     def system_prompt(self, text: str, title: str) -> list[int]:
         """Ids of a system prompt: ``[BOS][I]title\\n\\ntext[EOS]``, or ``[BOS][Q]title[A]text[EOS]`` without ``[I]``."""
+        if not isinstance(text, str):
+            raise TypeError(f"the system prompt is of type {type(text).__name__}; it must be a string.")
         if not text:
             raise ValueError("the system prompt is empty; give its text, or None for no system prompt.")
         if self.ids.internal_token_id is None:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rxt_model.config import TokenIds
 from rxt_model.interaction.templates import InteractionTemplate, as_batch, fits
@@ -27,7 +28,8 @@ class TextInterface:
     default_max_seq_len: ClassVar[int]
     system_prompt_title: str
     _text_stream: TokenStream | BatchTokenStream | None
-    _text_rows: Tensor | None
+    #: Which rows of a yielded tensor are news; a row whose budget is spent repeats a word and not an end token.
+    _text_rows: WeakTensorKeyDictionary | None
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -36,6 +38,13 @@ class TextInterface:
                 "work with token ids."
             )
         return self.tokenizer
+
+    def _limit(self, max_seq_len: int | None) -> int:
+        if max_seq_len is None:
+            return self.default_max_seq_len
+        if type(max_seq_len) is not int or max_seq_len < 1:
+            raise ValueError(f"max_seq_len is {max_seq_len!r}; it must be an integer of at least 1, or None.")
+        return max_seq_len
 
     @property
     def template(self) -> InteractionTemplate:
@@ -67,7 +76,7 @@ class TextInterface:
             ValueError: no tokenizer, an empty message, or one that does not fit.
         """
         ids = self.template.prompt(text, internal=internal, tool_result=tool_result)
-        fits(ids, max_seq_len or self.default_max_seq_len, room=2, what="the message")
+        fits(ids, self._limit(max_seq_len), room=2, what="the message")
         return as_batch([ids], self.token_ids.pad_token_id, len(ids), device)
 
     def tokenize_full_interaction(
@@ -89,7 +98,7 @@ class TextInterface:
         ids = self.template.interaction(
             query, answer, think=think, tool_call=tool_call, internal=internal, tool_result=tool_result
         )
-        fits(ids, max_seq_len or self.default_max_seq_len, room=0, what="the interaction")
+        fits(ids, self._limit(max_seq_len), room=0, what="the interaction")
         return as_batch([ids], self.token_ids.pad_token_id, len(ids), device)
 
     def tokenize_batch(
@@ -108,7 +117,7 @@ class TextInterface:
             raise TypeError("queries is a string; it must be a sequence with one string per conversation.")
         if not queries:
             raise ValueError("queries is empty; it must hold one string per conversation.")
-        width = max_seq_len or self.default_max_seq_len
+        width = self._limit(max_seq_len)
         rows = [self.template.prompt(query) for query in queries]
         for index, row in enumerate(rows):
             fits(row, width, room=2, what=f"message {index}")
@@ -120,6 +129,10 @@ class TextInterface:
         Characters that span several tokens come out with the last of them, so the pieces joined are correct UTF-8.
         Control tokens give an empty string. -1 and -2 give an empty string, or a notice if asked for.
         """
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise TypeError(
+                f"token_id is of type {type(token_id).__name__}; it must be an integer, as interact yields it."
+            )
         stream = self._text_stream if isinstance(self._text_stream, TokenStream) else None
         if token_id in (MEMORY_UPDATE_START, MEMORY_UPDATE_END):
             self._text_stream = None
@@ -137,7 +150,17 @@ class TextInterface:
         Args:
             token_ids: (B,) as ``batch_interact`` yields them.
             show_memory_update: whether -1 and -2 give a notice.
+
+        Raises:
+            TypeError, ValueError: not a (B,) tensor of integers, or of another B than the tokens before.
         """
+        if not isinstance(token_ids, Tensor) or token_ids.is_floating_point():
+            kind = token_ids.dtype if isinstance(token_ids, Tensor) else type(token_ids).__name__
+            raise TypeError(f"token_ids is of type {kind}; it must be an integer tensor, as batch_interact yields it.")
+        if token_ids.dim() != 1 or token_ids.shape[0] < 1:
+            raise ValueError(
+                f"token_ids has shape {tuple(token_ids.shape)}; it must be (batch,) with at least one row."
+            )
         ids = token_ids.tolist()
         stream = self._text_stream if isinstance(self._text_stream, BatchTokenStream) else None
         if ids[0] in (MEMORY_UPDATE_START, MEMORY_UPDATE_END):
@@ -146,15 +169,21 @@ class TextInterface:
             return [text + (_notice(ids[0]) if show_memory_update else "") for text in rest]
         if stream is None:
             stream = self._text_stream = BatchTokenStream(self._require_tokenizer(), len(ids))
-        if self._text_rows is not None and len(self._text_rows) == len(ids):
+        active = None if self._text_rows is None else self._text_rows.get(token_ids)
+        if active is not None:
             # A row whose budget is spent repeats a word, not an end token: end its text as well.
-            ids = [
-                token if active else self.token_ids.eos_token_id
-                for token, active in zip(ids, self._text_rows.tolist(), strict=True)
-            ]
-        known = self._require_tokenizer().vocab_size
-        pieces = stream.push([token if token < known else self.token_ids.eos_token_id for token in ids])
-        return [piece if token < known else _UNKNOWN for piece, token in zip(pieces, ids, strict=True)]
+            end = self.token_ids.eos_token_id
+            ids = [token if is_active else end for token, is_active in zip(ids, active.tolist(), strict=True)]
+        tokenizer = self._require_tokenizer()
+        known = tokenizer.vocab_size
+        # An id beyond the tokenizer stands for a control token to the decoder, which shows none, but ends nothing.
+        silent = min(tokenizer.special_ids - {tokenizer.special_tokens.eos}, default=self.token_ids.bos_token_id)
+        done = stream.done
+        pieces = stream.push([token if token < known else silent for token in ids])
+        return [
+            _UNKNOWN if token >= known and not was_done else piece
+            for piece, token, was_done in zip(pieces, ids, done, strict=True)
+        ]
 
     def stringify_batch(self, input_ids: Tensor, attention_mask: Tensor) -> list[str]:
         """Whole texts of (B, T) ids where the (B, T) mask is True, control tokens left out."""
