@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from rxt_model.checkpoint import CheckpointError
 from rxt_model.checkpoint.grammar import upstream_grammar
+from rxt_model.tokenizer import DEFAULT_SPECIAL_TOKENS, train_tokenizer
 from tests.upstream import ours
 from tests.upstream.cases import VERSIONS, Case, cases, full_cases
 from tests.upstream.oracle import INTERACTION_LENGTH, make_inputs, randomise, write
@@ -121,6 +122,11 @@ def test_streamed_conversation_equals_upstream_s(upstream: UpstreamRuns, version
     ids = answer.inputs["ids"]
     stream = list(model.interact(ids, attention_mask=torch.ones_like(ids), **options, **thinking))
     assert stream == answer.outputs["interaction"].tolist()
+    if "interaction_extended" in answer.outputs:
+        again = load_answer(version, answer)
+        again.load_stm_state(answer.inputs["memory"])
+        extended = again.interact(ids, attention_mask=torch.ones_like(ids), thinking_mode="extended", **options)
+        assert list(extended) == answer.outputs["interaction_extended"].tolist()
     actual = {"interaction_memory": model.export_stm_state()}
     result = ours.errors(actual, answer.outputs, answer.inputs["mask_batch"])
     assert worst(result) <= TOLERANCE, result
@@ -197,6 +203,87 @@ def test_stateless_models_beyond_ours_are_refused(upstream: UpstreamRuns, versio
     answer = upstream.answer(version, name)
     with pytest.raises(CheckpointError):
         load_ours(answer.case, answer.model_directory)
+
+
+# text: the token ids of prompts and interactions
+
+
+TEXTS = ["Hello there, my name is Ada.", "what is my name?", "Grüße aus Köln — 東京 🙂\ttabs\nlines", "  spaces  "]
+SHORT = ["Hi!", "Why?"]
+
+
+def _template_calls(beta: bool) -> list[dict[str, Any]]:
+    """Calls by upstream's name, and by ours where ours has another."""
+
+    def call(method: str, *positional: Any, ours: dict[str, Any] | None = None, **named: Any) -> dict[str, Any]:
+        return {"method": method, "positional": positional, "named": named, "ours": ours}
+
+    calls = [call("tokenize_query", text) for text in TEXTS]
+    calls += [
+        call("tokenize_full_interaction", text, answer) for text, answer in zip(TEXTS, reversed(TEXTS), strict=True)
+    ]
+    calls += [call("tokenize_batch", SHORT, max_seq_len=24)]
+    if beta:
+        parts = {"query": "Hi!", "answer": "Yes.", "think": "Hm, so", "tool_call": "run(1)", "internal": "be kind"}
+        calls += [
+            call("tokenize_query", "Hi!", internal="be kind"),
+            call("tokenize_full_interaction", **parts),
+            call("tokenize_full_interaction", query="Hi!", answer="Yes.", think="Hm"),
+            call(
+                "tokenize_full_interaction",
+                tool_use="done",
+                answer="Yes.",
+                ours={
+                    "method": "tokenize_full_interaction",
+                    "named": {"query": None, "tool_result": "done", "answer": "Yes."},
+                },
+            ),
+            call(
+                "tokenize_tool_result",
+                "done",
+                ours={"method": "tokenize_query", "named": {"text": None, "tool_result": "done"}},
+            ),
+        ]
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        pytest.param(version, name, id=f"{version}-{name}", marks=_reason(version))
+        for version, name in (("0.2.31", "RxTAlpha"), ("0.3.92", "RxTAlpha"), ("0.3.92", "RxTBeta"))
+    ],
+)
+def test_prompts_and_interactions_have_upstream_s_token_ids(tmp_path: pathlib.Path, version: str, name: str) -> None:
+    beta = name == "RxTBeta"
+    tokenizer = train_tokenizer([*TEXTS, *SHORT] * 3, 320)
+    roles = tokenizer.special_tokens
+    arguments = json.loads(json.dumps(BY_NAME["0.3.92"]["alpha-grouped"]["arguments"]))
+    arguments["memory_attention_variant"] = "self-interlayer"
+    arguments["memory_attention_config"].pop("num_groups")
+    for part in ("decoder_config", "encoder_config"):
+        arguments[part]["vocab_size"] = tokenizer.vocab_size
+    wanted = ["bos", "eos", "query", "answer", "pad"] + (["think", "tool_call", "tool_use", "internal"] if beta else [])
+    arguments["tokenizer_config"] = {f"{role}_token_id": getattr(roles, role) for role in wanted}
+    calls = _template_calls(beta)
+    request = {
+        "name": "templates",
+        "class": name,
+        "arguments": arguments,
+        "tokenizer": tokenizer.to_json(),
+        "control_tokens": DEFAULT_SPECIAL_TOKENS,
+        "calls": calls,
+    }
+    run_oracle(version, "templates", [request], tmp_path)
+    error = tmp_path / "templates" / "error.txt"
+    assert not error.exists(), error.read_text()
+    answers = json.loads((tmp_path / "templates" / "answers.json").read_text())
+    model = ours.our_class({"kind": "full", "class": name})(**arguments, tokenizer=tokenizer)
+    for call, answer in zip(calls, answers, strict=True):
+        asked = call["ours"] or call
+        found = getattr(model, asked["method"])(*asked.get("positional", ()), **asked["named"])
+        assert found["input_ids"].tolist() == answer["input_ids"], call
+        assert found["attention_mask"].long().tolist() == answer["attention_mask"], call
 
 
 # the other direction: upstream reads what we write

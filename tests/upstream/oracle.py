@@ -2,11 +2,13 @@
 
     PYTHONPATH=DIR_OF_RXLM python oracle.py produce CASES.json OUTPUT_DIR
     PYTHONPATH=DIR_OF_RXLM python oracle.py load REQUESTS.json OUTPUT_DIR
+    PYTHONPATH=DIR_OF_RXLM python oracle.py templates REQUESTS.json OUTPUT_DIR
 
 `produce` builds every case (see `cases.py` for the fields) with random weights, writes `OUTPUT_DIR/NAME/model/` with
 upstream's own `save_pretrained`, and `OUTPUT_DIR/NAME/tensors.safetensors` with the inputs (`in.*`) and what upstream
 answered (`out.*`). `load` goes the other way: it opens a directory written by us with upstream's `from_pretrained` and
-answers to the inputs of a tensor file written by `produce`. A case that fails leaves `OUTPUT_DIR/NAME/error.txt` and
+answers to the inputs of a tensor file written by `produce`. `templates` asks a model with a tokenizer for the token ids of
+prompts and interactions, and writes `answers.json`. A case that fails leaves `OUTPUT_DIR/NAME/error.txt` and
 does not stop the others.
 
 Everything known here about upstream was found by running it. The quirks that a caller has to work around:
@@ -173,8 +175,8 @@ def evaluate_interaction(model: Any, inputs: Tensors, end_token: int) -> Tensors
     arguments: dict[str, Any] = {"top_k": 1, "max_seq_len": INTERACTION_LENGTH}
     outputs: Tensors = {}
 
+    model.set_batch_mode(False)
     alone = copy.deepcopy(model)
-    alone.set_batch_mode(False)
     alone.load_stm_state(inputs["memory"].clone())
     ids = inputs["ids"].clone()
     thinking = {"thinking_mode": "fast"} if cached and type(model).__name__ == "RxTBeta" else {}
@@ -183,6 +185,13 @@ def evaluate_interaction(model: Any, inputs: Tensors, end_token: int) -> Tensors
     )
     outputs["interaction"] = torch.tensor(list(stream))
     outputs["interaction_memory"] = alone.export_stm_state().clone()
+
+    if thinking:
+        alone = copy.deepcopy(model)
+        alone.load_stm_state(inputs["memory"].clone())
+        ids = inputs["ids"].clone()
+        stream = alone.interact(ids, attention_mask=torch.ones_like(ids), thinking_mode="extended", **arguments)
+        outputs["interaction_extended"] = torch.tensor(list(stream))
 
     ids, mask = inputs["ids_batch"], inputs["mask_batch"]
     padding = INTERACTION_LENGTH - ids.shape[1]
@@ -321,6 +330,29 @@ def load(request: dict[str, Any], directory: pathlib.Path) -> None:
     write(directory, inputs, EVALUATE[request["kind"]](model, inputs))
 
 
+def templates(request: dict[str, Any], directory: pathlib.Path) -> None:
+    """Token ids of prompts and interactions, with a `tokenizer.json` that the request carries."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer_file = directory / "tokenizer.json"
+    tokenizer_file.write_text(request["tokenizer"], encoding="utf-8")
+    control = request["control_tokens"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer_file),
+        **{f"{role}_token": control[role] for role in ("pad", "unk", "bos", "eos", "mask")},
+        additional_special_tokens=[
+            control[role] for role in control if role not in ("pad", "unk", "bos", "eos", "mask")
+        ],
+    )
+    model = upstream_class(request["class"])(**request["arguments"])
+    model.set_tokenizer(tokenizer)
+    answers = []
+    for call in request["calls"]:
+        result = getattr(model, call["method"])(*call["positional"], **call["named"])
+        answers.append({name: result[name].long().tolist() for name in ("input_ids", "attention_mask")})
+    (directory / "answers.json").write_text(json.dumps(answers))
+
+
 def write(directory: pathlib.Path, inputs: Tensors, outputs: Tensors) -> None:
     tensors = {f"in.{name}": value for name, value in inputs.items()}
     tensors.update({f"out.{name}": value for name, value in outputs.items()})
@@ -332,7 +364,7 @@ def write(directory: pathlib.Path, inputs: Tensors, outputs: Tensors) -> None:
 
 def main() -> None:
     mode, cases_path, output = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
-    work = {"produce": produce, "load": load}[mode]
+    work = {"produce": produce, "load": load, "templates": templates}[mode]
     for case in json.loads(cases_path.read_text()):
         directory = output / case["name"]
         directory.mkdir(parents=True, exist_ok=True)
