@@ -1,0 +1,115 @@
+"""``rxt doctor``: what this machine and this installation can do, and why something is off."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+__all__ = ["add_arguments", "collect", "run"]
+
+#: Distribution, and what it is for.
+_OPTIONAL = {
+    "matplotlib": "plots of benchmarks and of recall",
+    "chitchat-dataset": "real conversations for training and for `rxt bench scaling`",
+    "triton": "compiled GPU kernels",
+    "transformers": "tokenizers of that library instead of this package's own",
+}
+
+_REQUIRED = ("numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``rxt doctor``."""
+    parser.epilog = "The exit status is 0 also where something optional is missing; 1 if the demo model is damaged."
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the report."""
+    report = collect()
+    print(json.dumps(report, indent=2) if options.json else "\n".join(_lines(report)))
+    return 1 if report["demo_model"]["state"] == "damaged" else 0
+
+
+def collect() -> dict[str, Any]:
+    """Everything that is printed, ready for JSON."""
+    from rxt_kernels import info
+
+    return {
+        **info.collect(),
+        "python": {"executable": sys.executable, "prefix": sys.prefix, "in_environment": sys.prefix != sys.base_prefix},
+        "required_packages": {name: _version(name) for name in _REQUIRED},
+        "optional_packages": {name: {"version": _version(name), "for": use} for name, use in _OPTIONAL.items()},
+        "demo_model": _demo_model(),
+        "benchmarks": _benchmarks(),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _benchmarks() -> list[str]:
+    from rxt_model.cli.bench import known_benchmarks
+    from rxt_model.cli.errors import UserError
+
+    try:
+        return list(known_benchmarks())
+    except UserError:
+        return []
+
+
+def _demo_model() -> dict[str, Any]:
+    """Whether the shipped model is there and loads, and which one it is."""
+    from rxt_model.cli.errors import sentence
+    from rxt_model.demo_model import demo_model_directory, load_demo_model
+    from rxt_model.interaction.state import model_fingerprint
+
+    try:
+        directory = demo_model_directory()
+    except FileNotFoundError as error:
+        return {"state": "missing", "reason": sentence(error)}
+    try:
+        model = load_demo_model()
+        content = (directory / "model.safetensors").read_bytes()
+    except (ValueError, OSError) as error:
+        return {"state": "damaged", "reason": sentence(error)}
+    return {
+        "state": "present",
+        "directory": str(directory),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "fingerprint": model_fingerprint(model),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def _lines(report: Mapping[str, Any]) -> Iterator[str]:
+    from rxt_kernels import info
+
+    yield info._text(dict(report))
+    yield ""
+    yield "Packages"
+    for name, version in report["required_packages"].items():
+        yield f"  {name:<18} {version or 'missing: pip install ' + name}"
+    for name, package in report["optional_packages"].items():
+        yield f"  {name:<18} {package['version'] or 'not installed'} (optional: {package['for']})"
+    yield ""
+    demo = report["demo_model"]
+    yield f"Demo model: {demo['state']}"
+    if demo["state"] == "present":
+        yield f"  {demo['directory']}"
+        yield f"  {demo['parameters']:,} parameters, {demo['bytes']:,} bytes"
+        yield f"  sha256 {demo['sha256'][:16]}, fingerprint {demo['fingerprint'][:12]}"
+    else:
+        yield f"  {demo['reason']}"
+    names = ", ".join(report["benchmarks"])
+    yield f"Benchmarks: {names or 'not in this installation; install rxt-kernels from its source tree'}"

@@ -1,0 +1,87 @@
+"""``rxt train``: train the shipped model again."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rxt_model.cli.arguments import ArgumentParser, integer
+from rxt_model.cli.errors import INTERRUPTED, UserError, tell
+
+if TYPE_CHECKING:
+    from rxt_model.training.memory_aware import StepResult
+
+__all__ = ["add_arguments", "run"]
+
+_EPILOG = """\
+The state of the training is kept in the directory, so that the same command continues a training that was killed.
+Needs the extra packages of training: pip install 'rxt-kernels[train]'.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``rxt train``."""
+    recipes = parser.add_subparsers(title="recipes", dest="recipe", metavar="RECIPE", required=True)
+    demo = recipes.add_parser(
+        "demo",
+        help="the small model that is shipped as the default of rxt chat",
+        description="Train the small model that is shipped as the default of rxt chat.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    assert isinstance(demo, ArgumentParser)
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="where it goes (runs/demo)")
+    demo.add_argument("--steps", type=integer(1), metavar="N", help="optimizer steps (default: the recipe's)")
+    demo.add_argument("--seed", type=integer(0), default=0, metavar="N", help="fixes data and weights (0)")
+    demo.add_argument("--no-resume", action="store_true", help="begin anew, even where a training was interrupted")
+    demo.add_argument("--overwrite", action="store_true", help="replace a model that is already in the directory")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train, or continue a training that was interrupted."""
+    output: Path = options.output.expanduser()
+    if output.exists() and not output.is_dir():
+        raise UserError(f"train: --output {output} is a file; name a directory.")
+    from rxt_model.training.demo import TRAINING_STATE, train_demo
+
+    interrupted = (output / TRAINING_STATE).exists()
+    if (output / "model.safetensors").exists() and not interrupted and not options.overwrite:
+        raise UserError(
+            f"train: there is a finished model in {output}; talk to it with `rxt chat --model {output}`, name another "
+            "--output, or add --overwrite."
+        )
+    if interrupted and not options.no_resume:
+        tell(f"continuing the training in {output}")
+    try:
+        directory = train_demo(
+            output,
+            steps=options.steps,
+            seed=options.seed,
+            resume=not options.no_resume,
+            on_step=None if sys.stderr.isatty() else _Progress(),
+        )
+    except ModuleNotFoundError as error:
+        raise UserError(str(error)) from None
+    except KeyboardInterrupt:
+        tell(f"\nrxt: interrupted; the same command continues from the last state in {output}.")
+        return INTERRUPTED
+    print(f"trained: {directory}; talk to it with `rxt chat --model {directory}`")
+    return 0
+
+
+class _Progress:
+    """A line now and then, where there is no terminal for a progress bar."""
+
+    def __init__(self, seconds: float = 30.0) -> None:
+        self._seconds = seconds
+        self._told = time.monotonic()
+
+    def __call__(self, step: int, result: StepResult) -> None:
+        now = time.monotonic()
+        if step == 1 or now - self._told >= self._seconds:
+            self._told = now
+            tell(f"step {step}: loss {float(result.loss.detach()):.3f}")
