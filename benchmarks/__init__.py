@@ -1,1 +1,10 @@
-"""Benchmarks of rxt-kernels, one file per question asked; installed as ``rxt_benchmarks``."""
+"""Benchmarks of rxt-kernels, one file per question asked; installed as ``rxt_benchmarks``.
+
+Every benchmark is a module with ``add_arguments(parser)`` and ``run(arguments) -> int``, is listed in :data:`BENCHMARKS`
+(``rxt bench NAME``), and runs alone as ``python -m rxt_benchmarks.NAME``.
+"""
+
+BENCHMARKS: dict[str, str] = {
+    "scaling": "cost of a conversation against its number of turns: RxT and a stateless LLM of the same size",
+}
+"""Name of a benchmark, which is also its module, to the question it answers."""

@@ -1,0 +1,251 @@
+"""The three ways to hold a conversation that are compared, behind one interface.
+
+* ``rxt``: a Reactive Transformer; nothing is kept between turns but its memory, which is updated after the answer.
+* ``stateless-reread``: a decoder-only model of the same width, depth, heads and experts that reads the whole history
+  again at the start of every turn, and uses a key/value cache within the answer.
+* ``stateless-cached``: the same model with its key/value cache kept between turns.
+
+Every answer is forced: the model computes it token by token exactly as it would for a user, the choice included, and then
+the next token of the recorded answer takes the place of its own, so that all systems generate the same tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rxt_model.config import StatelessConfig, TokenIds
+from rxt_model.interaction.sampling import Sampler, SamplingOptions
+from rxt_model.interaction.stateless_conversation import StatelessConversation
+from rxt_model.interaction.text import MEMORY_UPDATE_END, MEMORY_UPDATE_START
+from rxt_model.models import ReactiveTransformer
+from rxt_model.stateless import SparseQueryTransformer
+
+from .costs import RxTCosts, StatelessCosts
+from .dialogues import Turn
+
+__all__ = ["RxTSystem", "StatelessSystem", "System", "TurnTimes", "check_system", "make_systems"]
+
+TOLERANCE = 1e-4
+"""Relative difference that a cached float32 answer may have from the uncached one."""
+
+
+@dataclass(frozen=True)
+class TurnTimes:
+    """One measured turn, in seconds.
+
+    Attributes:
+        first_token: from the message to the first token of the answer.
+        latency: from the message to the last token: what the user waits for.
+        memory_update: after the answer; 0 for systems without memory.
+        state_bytes: what has to be kept until the next message.
+    """
+
+    first_token: float
+    latency: float
+    memory_update: float
+    state_bytes: int
+
+
+class TeacherForcing(Sampler):
+    """Chooses greedily, as a user's sampler would, and then gives the next token of a fixed answer.
+
+    Args:
+        answer: the tokens to give.
+        keep_logits: keep what was chosen from, for checks.
+    """
+
+    def __init__(self, answer: Sequence[int], *, keep_logits: bool = False) -> None:
+        super().__init__(SamplingOptions(temperature=0.0))
+        self._forced = [torch.tensor([token]) for token in answer]
+        self._next = 0
+        self.logits: list[Tensor] | None = [] if keep_logits else None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.logits is not None:
+            self.logits.append(logits[0])
+        super().__call__(logits)
+        token = self._forced[self._next]
+        self._next += 1
+        return token
+
+
+class System(Protocol):
+    """One way to hold a conversation."""
+
+    name: str
+    title: str
+
+    def reset(self) -> None:
+        """Begin a new conversation."""
+
+    def turn(self, turn: Turn) -> TurnTimes:
+        """Hold one turn and measure it."""
+
+    def turn_logits(self, turn: Turn) -> tuple[Tensor, Tensor]:
+        """Hold one turn; the logits (answer tokens, V) it computed, and the same without any cache."""
+
+    def flops(self, turn: Turn, history: int) -> tuple[int, int]:
+        """Operations of the answer and of the memory update of a turn behind ``history`` tokens."""
+
+    def tokens_processed(self, turn: Turn, history: int) -> int:
+        """Tokens that go through a network in this turn, those of the memory update included."""
+
+
+class RxTSystem:
+    """A Reactive Transformer with random or trained weights."""
+
+    def __init__(self, model: ReactiveTransformer) -> None:
+        self.name, self.title = "rxt", "RxT"
+        self.model = model
+        self.costs = RxTCosts(model.decoder.config, model.encoder.config, model.memory_attention.config)
+
+    def reset(self) -> None:
+        self.model.reset_stm(seed=0)
+
+    def _steps(self, turn: Turn, sampler: Sampler):  # type: ignore[no-untyped-def]
+        # What interact() runs after its checks. RxT-Alpha appends [A] itself, RxT-Beta opens its answer with it.
+        prompt = list(turn.prompt if self.model.thinks else turn.prompt[:-1])
+        return self.model._stream([prompt], sampler, turn.tokens, True, ())
+
+    def turn(self, turn: Turn) -> TurnTimes:
+        sampler = TeacherForcing(turn.answer)
+        start = time.perf_counter()
+        first = last = 0.0
+        for step in self._steps(turn, sampler):
+            now = time.perf_counter()
+            token = int(step.tokens[0])
+            first = first or now
+            if token == MEMORY_UPDATE_START:
+                last = now
+            elif token == MEMORY_UPDATE_END:
+                return TurnTimes(first - start, last - start, now - last, self._state_bytes())
+        raise RuntimeError("an interaction ended without its memory update")
+
+    def _state_bytes(self) -> int:
+        memory = self.model.stm.memory
+        return memory.numel() * memory.element_size()
+
+    @torch.no_grad()
+    def turn_logits(self, turn: Turn) -> tuple[Tensor, Tensor]:
+        before = self.model.export_stm_state()
+        sampler = TeacherForcing(turn.answer, keep_logits=True)
+        for _ in self._steps(turn, sampler):
+            pass
+        assert sampler.logits is not None
+        ids = torch.tensor([[*turn.prompt, *turn.answer]])
+        whole = self.model.decoder(ids[:, :-1], memory=before)[0, len(turn.prompt) - 1 :]
+        written = self.model.memory_attention(self.model.encoder(ids), None, before)
+        difference = _relative_difference(self.model.stm.memory, written)
+        if not difference <= TOLERANCE:
+            raise RuntimeError(f"the memory after an interaction differs from its definition by {difference:.2g}.")
+        return torch.stack(sampler.logits), whole
+
+    def flops(self, turn: Turn, history: int) -> tuple[int, int]:
+        return self.costs.answer(len(turn.prompt), len(turn.answer)), self.costs.memory_update(turn.tokens)
+
+    def tokens_processed(self, turn: Turn, history: int) -> int:
+        return turn.tokens - 1 + turn.tokens  # the last token of an answer is encoded, but not decoded
+
+    def bytes_per_step(self, context: int) -> int:
+        return self.costs.bytes_per_step(context, 4)
+
+
+class StatelessSystem:
+    """A decoder-only model that is given its history."""
+
+    def __init__(self, model: SparseQueryTransformer, token_ids: TokenIds, *, keep_cache: bool) -> None:
+        self.name = "stateless-cached" if keep_cache else "stateless-reread"
+        self.title = "LLM, KV cache kept" if keep_cache else "LLM, history re-read"
+        self.conversation = StatelessConversation(model, token_ids, keep_cache=keep_cache)
+        self.costs = StatelessCosts(model.config.transformer_config())
+
+    def reset(self) -> None:
+        self.conversation.reset()
+
+    def turn(self, turn: Turn) -> TurnTimes:
+        sampler = TeacherForcing(turn.answer)
+        start = time.perf_counter()
+        first = last = 0.0
+        for _ in self.conversation.stream(turn.prompt, sampler, len(turn.answer)):
+            last = time.perf_counter()
+            first = first or last
+        return TurnTimes(first - start, last - start, 0.0, self.conversation.state_bytes())
+
+    @torch.no_grad()
+    def turn_logits(self, turn: Turn) -> tuple[Tensor, Tensor]:
+        start = len(self.conversation.history)
+        sampler = TeacherForcing(turn.answer, keep_logits=True)
+        for _ in self.conversation.stream(turn.prompt, sampler, len(turn.answer)):
+            pass
+        assert sampler.logits is not None
+        ids = torch.tensor([self.conversation.history[:-1]])
+        whole = self.conversation.model(ids)[0, start + len(turn.prompt) - 1 :]
+        return torch.stack(sampler.logits), whole
+
+    def _cached(self, history: int) -> int:
+        # All of the history but the last token, which was chosen and never read.
+        return max(0, history - 1) if self.conversation.keep_cache else 0
+
+    def flops(self, turn: Turn, history: int) -> tuple[int, int]:
+        cached = self._cached(history)
+        return self.costs.answer(history - cached + len(turn.prompt), cached, len(turn.answer)), 0
+
+    def tokens_processed(self, turn: Turn, history: int) -> int:
+        return history - self._cached(history) + turn.tokens - 1
+
+    def bytes_per_step(self, context: int) -> int:
+        return self.costs.bytes_per_step(context, 4)
+
+
+def make_systems(model: ReactiveTransformer, *, seed: int) -> tuple[RxTSystem, StatelessSystem, StatelessSystem]:
+    """The model, and the stateless model of the same size in both ways, with weights drawn from ``seed``.
+
+    Raises:
+        ValueError: the decoder has parts that no stateless model of this package has, such as shared experts.
+    """
+    config = StatelessConfig.like(model.decoder.config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        stateless = SparseQueryTransformer(config).eval()
+    return (
+        RxTSystem(model.eval()),
+        StatelessSystem(stateless, model.token_ids, keep_cache=False),
+        StatelessSystem(stateless, model.token_ids, keep_cache=True),
+    )
+
+
+def _relative_difference(actual: Tensor, expected: Tensor) -> float:
+    scale = expected.abs().max().clamp_min(1e-30)
+    difference = ((actual - expected).abs().max() / scale).item()
+    return difference if difference == difference else float("inf")
+
+
+def check_system(system: System, turns: Sequence[Turn]) -> float:
+    """Hold a short conversation and compare what is timed with what it means: every logit, without any cache.
+
+    Returns:
+        The largest relative difference.
+
+    Raises:
+        RuntimeError: it is above :data:`TOLERANCE`; nothing may be timed then.
+    """
+    system.reset()
+    worst = 0.0
+    for number, turn in enumerate(turns, start=1):
+        cached, whole = system.turn_logits(turn)
+        difference = _relative_difference(cached, whole)
+        if not difference <= TOLERANCE:
+            raise RuntimeError(
+                f"{system.title}: the answer of turn {number} as it is timed differs from the uncached one by "
+                f"{difference:.2g} of the largest logit (granted is {TOLERANCE:g}), so nothing is timed. If another --seed "
+                "passes, two experts were nearly tied; if none does, this is a defect: please report it."
+            )
+        worst = max(worst, difference)
+    system.reset()
+    return worst
