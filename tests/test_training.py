@@ -1,0 +1,359 @@
+"""The demo model's data, its training, and the measurement of what it remembers."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rxt_model.models import RxTAlpha
+from rxt_model.tokenizer import Tokenizer, train_tokenizer
+from rxt_model.training import memory_aware
+from rxt_model.training.demo import DemoShape, demo_model, stateless_model, train_demo
+from rxt_model.training.dialogue import SMALL_TALK_TURNS, load_dialogue
+from rxt_model.training.episodes import EpisodeWriter, Turn, batch_episodes
+from rxt_model.training.fact_values import VALUES
+from rxt_model.training.facts import ATTRIBUTES, UNKNOWN_ANSWER, Wording, attribute_named, values_in_answer
+from rxt_model.training.history import history_objective
+from rxt_model.training.memory_aware import Stage, TrainingSettings, episode_loss, initial_memory, train, unroll_memory
+from rxt_model.training.recall import (
+    RecallReport,
+    measure_history_recall,
+    measure_recall,
+    save_report,
+    wilson_interval,
+)
+
+DEMO = Path(__file__).parent.parent / "rxt_model" / "assets" / "demo"
+TINY = DemoShape(
+    vocab_size=400, embed_dim=32, num_layers=2, heads=4, query_heads=2, key_value_heads=2, slots=6,
+    encoder_ff=32, expert_ff=16, experts=2, active_experts=1, seq_len=128,
+)  # fmt: skip
+SHORT = TrainingSettings(steps=6, warmup_steps=2, checkpoint_every=2, stages=(Stage(1.0, (3,), 12, 4),))
+
+
+@pytest.fixture(scope="module")
+def writer() -> EpisodeWriter:
+    return EpisodeWriter(Wording("train"), SMALL_TALK_TURNS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(writer: EpisodeWriter) -> Tokenizer:
+    rng = random.Random(5)
+    turns = [turn for _ in range(60) for turn in writer.episode(rng, 6)]
+    return train_tokenizer([text for turn in turns for text in (turn.query, turn.answer)], 400)
+
+
+@pytest.fixture
+def model(tokenizer: Tokenizer) -> RxTAlpha:
+    return demo_model(tokenizer, TINY, seed=3)
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_wording_is_never_in_training() -> None:
+    train_wording, held_out = Wording("train"), Wording("held_out")
+    for name in ("tells", "asks", "updates"):
+        for attribute in ATTRIBUTES:
+            seen, unseen = getattr(train_wording, name)[attribute.key], getattr(held_out, name)[attribute.key]
+            assert seen, (name, attribute.key)
+            assert unseen, (name, attribute.key)
+            assert not set(seen) & set(unseen)
+    for name in ("tell_frames", "update_frames", "ask_frames", "pairs", "small_talk"):
+        assert getattr(held_out, name)
+        assert not set(getattr(train_wording, name)) & set(getattr(held_out, name))
+
+
+def test_there_are_hundreds_of_values_and_many_attributes() -> None:
+    assert len({value for values in VALUES.values() for value in values}) > 900
+    assert len(ATTRIBUTES) >= 20
+    assert sum(len(attribute.values) >= 50 for attribute in ATTRIBUTES) >= 8
+    for attribute in ATTRIBUTES:
+        assert len(set(attribute.values)) == len(attribute.values)
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_messages_hold_the_value_they_state_and_questions_do_not(split: str) -> None:
+    rng, wording = random.Random(0), Wording(split)
+    for attribute in ATTRIBUTES:
+        for _ in range(20):
+            value = rng.choice(attribute.values)
+            for message in (wording.tell(rng, [(attribute.key, value)]), wording.update(rng, attribute.key, value)):
+                assert value.lower() in message.lower()
+                assert "{" not in message
+            assert "{" not in wording.ask(rng, attribute.key)
+            assert values_in_answer(attribute.key, wording.answer(attribute.key, value)) == {value}
+
+
+def test_episodes_are_repeatable_and_end_in_a_question(writer: EpisodeWriter) -> None:
+    first, second = (writer.episode(random.Random(11), 14) for _ in range(2))
+    assert first == second
+    assert first[-1].kind == "ask"
+    assert first != writer.episode(random.Random(12), 14)
+
+
+def test_training_questions_are_answered_with_the_newest_value(writer: EpisodeWriter) -> None:
+    for seed in range(60):
+        known: dict[str, str] = {}
+        for turn in writer.episode(random.Random(seed), 18):
+            if turn.kind in ("tell", "update"):
+                known.update(dict(turn.facts))
+            elif turn.kind == "ask":
+                key, value = turn.facts[0]
+                assert known[key] == value
+                assert values_in_answer(key, turn.answer) == {value}
+            elif turn.kind == "unknown":
+                assert turn.facts[0][0] not in known
+                assert turn.answer == UNKNOWN_ANSWER
+
+
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("distance", [1, 5])
+def test_recall_episodes_ask_at_the_distance_they_say(writer: EpisodeWriter, distance: int, changed: bool) -> None:
+    for seed in range(40):
+        turns = writer.recall_episode(random.Random(seed), distance, changed=changed)
+        key, value = turns[-1].facts[0]
+        mentions = [index for index, turn in enumerate(turns[:-1]) if any(k == key for k, _ in turn.facts)]
+        assert len(turns) - 1 - mentions[-1] == distance
+        assert len(mentions) == 1 + changed
+        assert (key, value) in turns[mentions[-1]].facts
+
+
+def test_dialogue_splits_share_no_conversation_and_state_no_facts() -> None:
+    pytest.importorskip("chitchat_dataset")
+    dialogue = load_dialogue(max_words=12)
+    assert len(dialogue.train) > 10_000
+    assert len(dialogue.held_out) > 1_000
+    assert all(len(query.split()) <= 12 and len(answer.split()) <= 12 for query, answer in dialogue.train)
+    assert not any("my name is" in query.lower() for query, _ in dialogue.train + dialogue.held_out)
+    assert dialogue == load_dialogue(max_words=12)
+
+
+def test_batches_weigh_answers_only_and_mark_asked_values(tokenizer: Tokenizer) -> None:
+    wording = Wording("train")
+    tell = Turn("My name is Anna.", "Nice to meet you, Anna!", "tell", (("name", "Anna"),))
+    ask = Turn("What is my name?", wording.answer("name", "Anna"), "ask", (("name", "Anna"),), 1)
+    batch = batch_episodes(tokenizer, [[tell, ask]])
+    special = tokenizer.special_tokens
+    for row in range(2):
+        start, end = int(batch.answer_start[row]), int(batch.lengths[row])
+        assert batch.ids[row, 0] == special.bos
+        assert batch.ids[row, start - 1] == special.answer
+        assert batch.ids[row, end - 1] == special.eos
+        assert (batch.weights[row, start:end] > 0).all()
+        assert batch.weights[row, :start].sum() == batch.weights[row, end:].sum() == 0
+    assert not batch.is_value[0].any()
+    assert tokenizer.decode(batch.ids[1][batch.is_value[1]].tolist()) == "Anna"
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def _batch(writer: EpisodeWriter, tokenizer: Tokenizer, episodes: int, turns: int) -> memory_aware.EpisodeBatch:
+    rng = random.Random(2)
+    return batch_episodes(tokenizer, [writer.episode(rng, turns) for _ in range(episodes)])
+
+
+@torch.no_grad()
+def test_parallel_training_computes_what_talking_turn_by_turn_does(
+    model: RxTAlpha, writer: EpisodeWriter, tokenizer: Tokenizer
+) -> None:
+    batch = _batch(writer, tokenizer, 3, 4)
+    start = initial_memory(model, 3, torch.Generator().manual_seed(0))
+    memories = unroll_memory(model, batch, start)
+    for episode in range(3):
+        memory = start[:, episode : episode + 1]
+        for turn in range(4):
+            row = episode * 4 + turn
+            torch.testing.assert_close(memories[:, row : row + 1], memory, rtol=1e-4, atol=1e-5)
+            ids = batch.ids[row : row + 1, : batch.lengths[row]]
+            memory = model.memory_attention(model.encoder(ids), None, memory)
+
+
+@torch.no_grad()
+def test_loss_does_not_depend_on_how_rows_are_chunked(model: RxTAlpha, writer: EpisodeWriter, tokenizer: Tokenizer) -> None:
+    batch = _batch(writer, tokenizer, 3, 4)
+    memory = initial_memory(model, 3, torch.Generator().manual_seed(0))
+    whole, pieces = (episode_loss(model, batch, memory, load_balance_weight=0.0, chunk=n) for n in (100, 2))
+    torch.testing.assert_close(whole.loss, pieces.loss, rtol=1e-5, atol=1e-6)
+    assert whole.recall.keys() == pieces.recall.keys()
+
+
+def test_a_question_teaches_the_turn_that_told_the_fact(model: RxTAlpha, writer: EpisodeWriter, tokenizer: Tokenizer) -> None:
+    # Only the last turn is answered, so a gradient at the first memory has come through every update in between.
+    batch = _batch(writer, tokenizer, 2, 5)
+    memory = initial_memory(model, 2, torch.Generator().manual_seed(0)).requires_grad_()
+    episode_loss(model, batch, memory, rows=torch.tensor([4, 9]), load_balance_weight=0.0).loss.backward()
+    assert memory.grad is not None
+    assert memory.grad.abs().sum() > 0
+    grad = model.memory_attention.model.attention_layers[0].v_proj.weight.grad
+    assert grad is not None
+    assert grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_history_loss_sees_earlier_turns_and_not_later_ones(writer: EpisodeWriter, tokenizer: Tokenizer) -> None:
+    model = stateless_model(tokenizer, TINY, seed=1)
+    rng = random.Random(4)
+    turns = writer.episode(rng, 3)
+    other = [Turn("Hello", "Hi!", "chat"), *turns[1:]]
+    rows, settings, generator = torch.tensor([1]), SHORT, torch.Generator()
+
+    def loss(episode: list[Turn]) -> float:
+        return float(history_objective(model, batch_episodes(tokenizer, [episode]), rows, settings, generator).loss)
+
+    assert loss(turns) != loss(other)
+    assert loss(turns) == pytest.approx(loss([*turns[:2], other[0]]), rel=1e-5)
+
+
+class _KilledError(Exception):
+    pass
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(writer: EpisodeWriter, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    whole = demo_model(tokenizer, TINY, seed=0)
+    expected = train(whole, tokenizer, writer, SHORT)
+
+    def kill(step: int, result: memory_aware.StepResult) -> None:
+        if step == 5:  # after the checkpoint at step 4, in the middle of a step
+            raise _KilledError
+
+    checkpoint = tmp_path / "state.safetensors"
+    with pytest.raises(_KilledError):
+        train(demo_model(tokenizer, TINY, seed=0), tokenizer, writer, SHORT, checkpoint=checkpoint, on_step=kill)
+    # A new process has other random numbers and other initial weights; neither may matter.
+    torch.manual_seed(12345)
+    resumed = demo_model(tokenizer, TINY, seed=99)
+    losses = train(resumed, tokenizer, writer, SHORT, checkpoint=checkpoint)
+    assert losses == expected[4:]
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_training_lowers_the_loss(writer: EpisodeWriter, tokenizer: Tokenizer) -> None:
+    settings = TrainingSettings(steps=16, warmup_steps=2, learning_rate=1e-2, stages=(Stage(1.0, (2,), 16, 2),))
+    losses = train(demo_model(tokenizer, TINY, seed=0), tokenizer, writer, settings)
+    assert sum(losses[-4:]) < 0.85 * sum(losses[:4])
+
+
+def test_checkpoints_that_do_not_belong_are_refused(
+    writer: EpisodeWriter, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "state.safetensors"
+    settings = replace(SHORT, steps=1)
+    train(demo_model(tokenizer, TINY, seed=0), tokenizer, writer, settings, checkpoint=checkpoint)
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+    model = demo_model(tokenizer, TINY, seed=1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="other settings"):
+        train(model, tokenizer, writer, replace(settings, seed=7), checkpoint=checkpoint)
+    wider = demo_model(tokenizer, replace(TINY, expert_ff=24), seed=1)
+    with pytest.raises(ValueError, match="another shape"):
+        train(wider, tokenizer, writer, settings, checkpoint=checkpoint)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        train(model, tokenizer, writer, settings, checkpoint=checkpoint)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: TrainingSettings(steps=0), "steps"),
+        (lambda: TrainingSettings(learning_rate=-1.0), "learning_rate"),
+        (lambda: TrainingSettings(chat_rows=2.0), "chat_rows"),
+        (lambda: TrainingSettings(checkpoint_every=0), "checkpoint_every"),
+        (lambda: TrainingSettings(stages=()), "stages"),
+        (lambda: Wording("test"), "split"),
+        (lambda: attribute_named("shoe size"), "attribute"),
+        (lambda: load_dialogue(max_words=0), "max_words"),
+        (lambda: load_dialogue(held_out_share=1.5), "held_out_share"),
+        (lambda: EpisodeWriter(Wording("train"), ()).episode(random.Random(0), 1), "turns"),
+        (lambda: EpisodeWriter(Wording("train"), ()).recall_episode(random.Random(0), 0), "distance"),
+        (lambda: batch_episodes(None, []), "episodes"),  # type: ignore[arg-type]
+        (lambda: train_demo("never-made", steps=0), "steps"),
+        (lambda: train_demo(__file__, steps=1), "output_directory"),
+    ],
+)
+def test_arguments_are_refused_by_name(call: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()  # type: ignore[operator]
+
+
+def test_the_whole_recipe_makes_a_model_that_loads(tmp_path: Path) -> None:
+    pytest.importorskip("chitchat_dataset")
+    settings = replace(SHORT, steps=1)
+    directory = train_demo(tmp_path / "demo", steps=1, shape=replace(TINY, vocab_size=600), settings=settings)
+    assert sorted(path.name for path in directory.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    loaded = RxTAlpha.from_pretrained(directory)
+    assert loaded.tokenizer is not None
+    assert loaded.decoder.config.embed_dim == TINY.embed_dim
+
+
+# -- recall -----------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_right_value_alone_is_right() -> None:
+    assert values_in_answer("city", "You live in Oslo.") == {"Oslo"}
+    assert values_in_answer("city", "You live in Osloo.") == set()
+    assert values_in_answer("city", "You live in Oslo or Rome.") == {"Oslo", "Rome"}
+    assert values_in_answer("drink", "It is orange juice.") == {"orange juice"}
+    assert values_in_answer("age", "You are 31 years old.") == {"31"}
+
+
+def test_wilson_interval_holds_the_share() -> None:
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    for right, asked in ((0, 10), (10, 10), (95, 100)):
+        low, high = wilson_interval(right, asked)
+        assert 0.0 <= low <= right / asked <= high <= 1.0
+
+
+def test_recall_of_an_untrained_model_is_counted_and_leaves_it_alone(
+    model: RxTAlpha, writer: EpisodeWriter, tmp_path: Path
+) -> None:
+    model.reset_stm(seed=4)
+    before = model.export_stm_state()
+    report = measure_recall(model, distances=(1, 2), conversations=5, writer=writer)
+    report.extend(measure_recall(model, distances=(2,), conversations=5, writer=writer, condition="reset"))
+    assert [(p.condition, p.distance, p.asked) for p in report.points] == [("memory", 1, 5), ("memory", 2, 5), ("reset", 2, 5)]
+    assert torch.equal(before, model.export_stm_state())
+    save_report(report, tmp_path / "recall.json")
+    again = RecallReport.from_json((tmp_path / "recall.json").read_text())
+    assert again.points == report.points
+    assert "| 2 |" in report.table()
+    same = measure_recall(model, distances=(1, 2), conversations=5, writer=writer)
+    assert same.points == report.points[:2]
+
+
+def test_recall_of_a_history_model_is_counted(tokenizer: Tokenizer, writer: EpisodeWriter) -> None:
+    report = measure_history_recall(
+        stateless_model(tokenizer, TINY), tokenizer, distances=(2,), conversations=4, writer=writer
+    )
+    assert report.points[0].asked == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"distances": (0,)}, "distances"), ({"conversations": 0}, "conversations"), ({"condition": "none"}, "condition")],
+)
+def test_recall_refuses_arguments_by_name(model: RxTAlpha, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure_recall(model, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not (DEMO / "model.safetensors").is_file(), reason="no demo model is shipped in this checkout")
+def test_the_shipped_model_remembers_what_unseen_wording_told_it() -> None:
+    pytest.importorskip("chitchat_dataset")
+    assert (DEMO / "model.safetensors").stat().st_size <= 8_000_000
+    model = RxTAlpha.from_pretrained(DEMO)
+    memory = measure_recall(model, distances=(1, 8), conversations=40, seed=5).curve()
+    assert memory[1] >= 0.85
+    assert memory[8] >= 0.75
+    changed = measure_recall(model, distances=(4,), conversations=40, changed=True, seed=5).curve(changed=True)
+    assert changed[4] >= 0.7
+    reset = measure_recall(model, distances=(4,), conversations=40, condition="reset", seed=5).curve("reset")
+    assert reset[4] <= 0.2
