@@ -41,8 +41,10 @@ def _tensor(name: str, value: Tensor | None, like: Tensor, *shapes: tuple[int, .
     if value is None:
         raise ValueError(f"{name} is None; accepted is a tensor of shape {' or '.join(map(str, shapes))}.")
     alike(name, value, "the memory", like)
-    if tuple(value.shape) not in shapes:
-        refuse_shape(name, value, " or ".join(map(str, shapes)))
+    for shape in shapes:
+        if value.shape == shape:
+            return
+    refuse_shape(name, value, " or ".join(map(str, shapes)))
 
 
 def _absent(name: str, value: Tensor | None, kind: str) -> None:
@@ -292,9 +294,9 @@ def _check_key_angles(
     floating("key_angles", key_angles)
     for layer in layers:
         head_dim = layer.attention.head_dim
-        shapes = ((time, head_dim // 2), (batch, time, head_dim // 2))
-        if head_dim % 2 or tuple(key_angles.shape) not in shapes:
-            refuse_shape("key_angles", key_angles, f"{shapes[0]} or {shapes[1]} for an even head_dim, here {head_dim}")
+        one, each = (time, head_dim // 2), (batch, time, head_dim // 2)
+        if head_dim % 2 or (key_angles.shape != one and key_angles.shape != each):
+            refuse_shape("key_angles", key_angles, f"{one} or {each} for an even head_dim, here {head_dim}")
     if key_angles.device != memory.device:
         refuse_device("key_angles", key_angles, "memory", memory)
 

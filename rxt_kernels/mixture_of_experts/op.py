@@ -111,14 +111,15 @@ def _check_shared(x: Tensor, shared: SharedExperts, gated: bool) -> None:
     if not isinstance(shared, SharedExperts):
         refuse_type("shared", shared, "rxt_kernels.SharedExperts or None")
     number = _check_experts("shared.", x, None, shared.w1, shared.w2, shared.b1, shared.b2, gated)
-    if (number > 1) is not (shared.gate_weight is not None):
+    gates = 0 if shared.gate_weight is None else 1
+    if (number > 1 and not gates) or (number == 1 and gates):
         raise ValueError(
-            f"shared.gate_weight is {'given' if number == 1 else 'None'} for {number} shared expert(s); accepted is a "
-            "gate exactly if there is more than one."
+            f"shared.gate_weight is {'given' if gates else 'None'} for {number} shared expert(s); accepted is a gate "
+            "exactly if there is more than one."
         )
     if shared.gate_weight is not None:
         alike("shared.gate_weight", shared.gate_weight, "x", x)
-        if tuple(shared.gate_weight.shape) != (number, x.shape[-1]):
+        if shared.gate_weight.shape != (number, x.shape[-1]):
             refuse_shape("shared.gate_weight", shared.gate_weight, f"({number}, {x.shape[-1]})")
     if shared.global_bias is not None:
         _check_bias("shared.global_bias", shared.global_bias, x)

@@ -67,7 +67,8 @@ def sparse_query_attention_reference(
     key_time, key_heads = key.shape[1], key.shape[2]
     if query_heads < key_heads:
         query = query.repeat(1, 1, key_heads // query_heads, 1)
-    causal = causal and query_time > 1  # A single query is the newest token: it may see every key.
+    if query_time == 1:
+        causal = False  # A single query is the newest token: it may see every key.
 
     keys_read = key_time
     if key_lengths is not None and key_lengths.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -79,8 +80,13 @@ def sparse_query_attention_reference(
             key_lengths = None
         key, value = key[:, :keys_read], value[:, :keys_read]
 
-    # torch's own causal flag is aligned to the first key, which is the same only for equal lengths.
-    plain_causal = causal and key_mask is None and key_lengths is None and query_time == key_time == keys_read
+    # torch's own causal flag is aligned to the first key, which is the same only for equal lengths. The flags are set by
+    # branches because a comparison of traced shapes is no bool, which the function below asks for.
+    plain_causal = grouped = False
+    if causal and key_mask is None and key_lengths is None and query_time == key_time == keys_read:
+        plain_causal = True
+    if query_heads > key_heads:
+        grouped = True
     mask = None
     if not plain_causal:
         mask = visible_keys(query_time, key_time, keys_read, causal, key_mask, key_lengths, query.device)
@@ -92,5 +98,5 @@ def sparse_query_attention_reference(
         dropout_p=dropout,
         is_causal=plain_causal,
         scale=scale,
-        enable_gqa=query_heads > key_heads,
+        enable_gqa=grouped,
     ).transpose(1, 2)
