@@ -1,15 +1,18 @@
 """Stand-alone script that runs the upstream library `rxlm` as a black box; it never imports our package.
 
-    PYTHONPATH=DIR_OF_RXLM python oracle.py produce CASES.json OUTPUT_DIR
-    PYTHONPATH=DIR_OF_RXLM python oracle.py load REQUESTS.json OUTPUT_DIR
-    PYTHONPATH=DIR_OF_RXLM python oracle.py templates REQUESTS.json OUTPUT_DIR
+    PYTHONPATH=DIR_OF_RXLM python oracle.py REQUESTS.json OUTPUT_DIR
 
-`produce` builds every case (see `cases.py` for the fields) with random weights, writes `OUTPUT_DIR/NAME/model/` with
-upstream's own `save_pretrained`, and `OUTPUT_DIR/NAME/tensors.safetensors` with the inputs (`in.*`) and what upstream
-answered (`out.*`). `load` goes the other way: it opens a directory written by us with upstream's `from_pretrained` and
-answers to the inputs of a tensor file written by `produce`. `templates` asks a model with a tokenizer for the token ids of
-prompts and interactions, and writes `answers.json`. A case that fails leaves `OUTPUT_DIR/NAME/error.txt` and
-does not stop the others.
+Each request has a `name` (its folder under OUTPUT_DIR) and a `task`:
+
+* `produce` builds a case (see `cases.py` for the fields) with random weights, saves it into `NAME/model/` with upstream's
+  own `save_pretrained`, and writes the inputs (`in.*`) and what upstream answered (`out.*`) into
+  `NAME/tensors.safetensors`.
+* `load` goes the other way: it opens a directory written by us with upstream's `from_pretrained` and answers to the inputs
+  of a tensor file as `produce` writes it.
+* `templates` asks a model with a tokenizer for the token ids of prompts and interactions, and writes
+  `NAME/answers.json`.
+
+A request that fails leaves `NAME/error.txt` and does not stop the others.
 
 Everything known here about upstream was found by running it. The quirks that a caller has to work around:
 
@@ -362,15 +365,17 @@ def write(directory: pathlib.Path, inputs: Tensors, outputs: Tensors) -> None:
     )
 
 
+TASKS = {"produce": produce, "load": load, "templates": templates}
+
+
 def main() -> None:
-    mode, cases_path, output = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
-    work = {"produce": produce, "load": load, "templates": templates}[mode]
-    for case in json.loads(cases_path.read_text()):
-        directory = output / case["name"]
+    requests, output = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+    for request in json.loads(requests.read_text()):
+        directory = output / request["name"]
         directory.mkdir(parents=True, exist_ok=True)
         try:
             with torch.no_grad():
-                work(case, directory)
+                TASKS[request["task"]](request, directory)
         except Exception:
             (directory / "error.txt").write_text(traceback.format_exc(limit=0))
 

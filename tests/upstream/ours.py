@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 from typing import Any
 
 import torch
 
 from rxt_model import MLMHead, RxTAlpha, RxTBeta, RxTDecoder, RxTEncoder, RxTMemoryAttention, SparseQueryTransformer
 from tests.upstream.cases import Case
-from tests.upstream.oracle import greedy
+from tests.upstream.oracle import greedy, randomise
+from tests.upstream.runner import Answer
+
+LAYOUT = {"0.2.31": "split", "0.3.92": "interleaved"}
+"""Where each version of upstream writes rotated pairs."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -25,6 +31,38 @@ def our_class(case: Case) -> Any:
     if case["kind"] == "full":
         return {"RxTAlpha": RxTAlpha, "RxTBeta": RxTBeta}[case["class"]]
     return classes[case["kind"]]
+
+
+def load(case: Case, directory: pathlib.Path, **options: Any) -> Any:
+    """Our model of a case from a directory, ready to be asked."""
+    return our_class(case).from_pretrained(str(directory), **options).eval()
+
+
+def load_answer(version: str, answer: Answer) -> Any:
+    """Our model of a directory saved by upstream.
+
+    What no file of that kind shows, the caller has to say: the rotary layout of a decoder alone, and which of the
+    interlayer variants a memory attention without gates is.
+    """
+    case = answer.case
+    options: dict[str, Any] = {}
+    if case["kind"] in ("decoder", "encoder", "llm"):
+        options["rope_layout"] = LAYOUT[version]
+    if case["name"] == "variant-gated-self-interlayer-none":
+        options["memory_attention_variant"] = "gated-self-interlayer"
+    return load(case, answer.model_directory, **options)
+
+
+def make(version: str, case: Case) -> Any:
+    """Our model of a complete case, built from its configuration alone, with random weights."""
+    arguments = json.loads(json.dumps(case["arguments"]))
+    for part in ("decoder_config", "encoder_config", "memory_attention_config"):
+        arguments[part]["rope_layout"] = LAYOUT[version]
+        if version == "0.2.31" and part != "memory_attention_config":
+            arguments[part].update(use_vectorized_moe=False, num_shared_experts=0)
+    model = our_class(case)(**arguments)
+    randomise(model, case["seed"])
+    return model.eval()
 
 
 @torch.no_grad()

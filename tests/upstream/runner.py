@@ -8,6 +8,8 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -42,15 +44,15 @@ def why_absent(version: str) -> str | None:
     return None
 
 
-def run_oracle(version: str, mode: str, work: list[Case], directory: pathlib.Path) -> None:
+def run_oracle(version: str, requests: list[dict[str, Any]], directory: pathlib.Path) -> None:
     """Run the oracle in a process of its own, with only that version of upstream on the path.
 
     Raises:
         RuntimeError: the process failed; the end of what it printed.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    listing = directory / f"{mode}.json"
-    listing.write_text(json.dumps(work))
+    listing = directory / "requests.json"
+    listing.write_text(json.dumps(requests))
     environment = {
         **os.environ,
         "PYTHONPATH": str((upstream_directory() / version).resolve()),
@@ -59,7 +61,7 @@ def run_oracle(version: str, mode: str, work: list[Case], directory: pathlib.Pat
         "HF_HUB_OFFLINE": "1",
     }
     process = subprocess.run(
-        [sys.executable, str(ORACLE), mode, str(listing), str(directory)],
+        [sys.executable, str(ORACLE), str(listing), str(directory)],
         env=environment,
         capture_output=True,
         text=True,
@@ -70,39 +72,49 @@ def run_oracle(version: str, mode: str, work: list[Case], directory: pathlib.Pat
         raise RuntimeError(f"the oracle for rxlm {version} failed:\n{process.stderr[-2000:]}")
 
 
-def read_answer(case: Case, directory: pathlib.Path) -> Answer:
-    """The answer to one case out of a finished oracle run.
+def failure(directory: pathlib.Path, name: str) -> str | None:
+    """Upstream's own message where it failed on a request, else None."""
+    error = directory / name / "error.txt"
+    return f"upstream failed on {name}: {error.read_text()[-1000:]}" if error.exists() else None
+
+
+def read_answer(case: Case, directory: pathlib.Path, name: str) -> Answer:
+    """The answer to the request called `name`, which was about `case`, out of a finished oracle run.
 
     Raises:
-        RuntimeError: upstream failed on this case, with its own message.
+        RuntimeError: upstream failed on this request, with its own message.
     """
-    error = directory / case["name"] / "error.txt"
-    if error.exists():
-        raise RuntimeError(f"upstream failed on {case['name']}: {error.read_text()[-1000:]}")
-    tensors = load_file(directory / case["name"] / "tensors.safetensors")
+    message = failure(directory, name)
+    if message is not None:
+        raise RuntimeError(message)
+    tensors = load_file(directory / name / "tensors.safetensors")
     return Answer(
         case,
-        directory / case["name"],
-        {name[len("in.") :]: value for name, value in tensors.items() if name.startswith("in.")},
-        {name[len("out.") :]: value for name, value in tensors.items() if name.startswith("out.")},
+        directory / name,
+        {key[len("in.") :]: value for key, value in tensors.items() if key.startswith("in.")},
+        {key[len("out.") :]: value for key, value in tensors.items() if key.startswith("out.")},
     )
 
 
 class UpstreamRuns:
-    """All answers of all versions, each computed when it is first asked for."""
+    """What upstream makes of every case, and of what else it is asked; one process per version, when first needed."""
 
-    def __init__(self, directory: pathlib.Path) -> None:
-        self.directory = directory
-        self._produced: dict[str, dict[str, Case]] = {}
+    def __init__(self, directory: pathlib.Path, others: Callable[[str], list[dict[str, Any]]]) -> None:
+        self._directory = directory
+        self._others = others
+        self._finished: dict[str, dict[str, Case]] = {}
+
+    def directory(self, version: str) -> pathlib.Path:
+        """Where the answers of a version are; they are there when this returns."""
+        directory = self._directory / version
+        if version not in self._finished:
+            work = cases(version)
+            requests = [{**case, "task": "produce"} for case in work]
+            run_oracle(version, [*requests, *self._others(version)], directory)
+            self._finished[version] = {case["name"]: case for case in work}
+        return directory
 
     def answer(self, version: str, name: str) -> Answer:
         """What this upstream version made of the case called `name`."""
-        if version not in self._produced:
-            work = cases(version)
-            run_oracle(version, "produce", work, self.directory / version)
-            self._produced[version] = {case["name"]: case for case in work}
-        return read_answer(self._produced[version][name], self.directory / version)
-
-    def answers(self, version: str) -> list[Answer]:
-        """All of them."""
-        return [self.answer(version, case["name"]) for case in cases(version)]
+        directory = self.directory(version)
+        return read_answer(self._finished[version][name], directory, name)
