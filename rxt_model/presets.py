@@ -365,7 +365,9 @@ def _sparse_query_family() -> list[Preset]:
             num_layers=8, vocab_size=10000, embed_dim=256, ff_dim=768, att_heads=16, seq_len=1024,
             att_num_query_groups=query, att_groups=key_value,
         )  # fmt: skip
-        description = f"dense decoder-only model of the sparse query attention study, {query} query, {key_value} kv heads"
+        description = (
+            f"dense decoder-only model of the sparse query attention study, {query} query, {key_value} kv heads"
+        )
         result.append(Preset(f"sqat-m-{kind}", "stateless", description, MappingProxyType({"stateless": config})))
     moe = {"gqa": (8, 2), "mqa": (8, 1), "sqa": (4, 2), "ssqa": (4, 4), "xsqa": (2, 2)}
     for kind, (query, key_value) in moe.items():
@@ -396,8 +398,5 @@ def _mlm_heads() -> list[Preset]:
 
 #: Every preset by name.
 PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {
-        item.name: item
-        for item in (*_alpha(), *_beta(), *_beta_encoders(), *_sparse_query_family(), *_mlm_heads())
-    }
+    {item.name: item for item in (*_alpha(), *_beta(), *_beta_encoders(), *_sparse_query_family(), *_mlm_heads())}
 )

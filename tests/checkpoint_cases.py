@@ -32,9 +32,7 @@ SIZES: dict[str, Any] = {
     "att_groups": 2,
     "att_query_groups": 2,
 }
-MEMORY_SIZES = {
-    name: value for name, value in SIZES.items() if name not in ("vocab_size", "ff_dim")
-}
+MEMORY_SIZES = {name: value for name, value in SIZES.items() if name not in ("vocab_size", "ff_dim")}
 MOE = {"use_moe": True, "num_experts": 3, "moe_top_k": 2}
 PER_EXPERT = {**MOE, "use_vectorized_moe": False, "num_shared_experts": 0, "moe_bias_mode": "local"}
 SPLIT = {"rope_layout": "split"}
@@ -123,7 +121,9 @@ def _decoders() -> Iterator[tuple[str, Make]]:
         "stacked-split": {**MOE, **SPLIT},
         "stacked-plain": {**MOE, "use_gated": False, "num_shared_experts": 2},
     }
-    for bias, shared_bias, count in itertools.product(("local", "global", "off"), ("local", "global", "off"), (0, 1, 2)):
+    for bias, shared_bias, count in itertools.product(
+        ("local", "global", "off"), ("local", "global", "off"), (0, 1, 2)
+    ):
         if count or shared_bias == "local":
             variants[f"stacked-{bias}-{count}-shared-{shared_bias}"] = {
                 **MOE, "num_layers": 1, "moe_bias_mode": bias, "moe_shared_experts_bias_mode": shared_bias,

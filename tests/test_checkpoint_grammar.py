@@ -52,7 +52,9 @@ def test_published_sizes_to_the_digits_shown(name: str, encoder_memory: bool, me
 def test_the_size_is_what_the_format_s_own_writer_makes_of_it(name: str, tmp_path: Path) -> None:
     grammar = upstream_grammar(MODELS[name]())
     path = tmp_path / "model.safetensors"
-    save_file({key: torch.zeros(shape) for key, shape in grammar.shapes.items()}, path, metadata=grammar.metadata or None)
+    save_file(
+        {key: torch.zeros(shape) for key, shape in grammar.shapes.items()}, path, metadata=grammar.metadata or None
+    )
     assert path.stat().st_size == grammar.file_size
     with safe_open(path, "pt") as file:
         assert sorted(file.keys()) == list(grammar.shapes)

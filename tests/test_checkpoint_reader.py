@@ -213,7 +213,9 @@ Saved = tuple[Path, bytes, bytes, dict[str, torch.Tensor], list[dict[str, Any]]]
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     directory = tmp_path_factory.mktemp("saved")
-    model = randomise(full(decoder={**PER_EXPERT, "num_experts": 2}, memory=ELEMENTWISE, common={**SPLIT, "num_layers": 1}))
+    model = randomise(
+        full(decoder={**PER_EXPERT, "num_experts": 2}, memory=ELEMENTWISE, common={**SPLIT, "num_layers": 1})
+    )
     model.save_pretrained(directory)
     weights, config = (directory / name for name in ("model.safetensors", "config.json"))
     structure = _structure(RxTAlpha.from_pretrained(directory))
@@ -270,9 +272,7 @@ def test_random_bytes(content: bytes, tmp_path_factory: pytest.TempPathFactory) 
 @settings(max_examples=150)
 @given(data=st.data())
 @pytest.mark.filterwarnings("ignore::rxt_model.checkpoint.errors.CheckpointWarning")
-def test_flipped_configuration_bytes(
-    data: st.DataObject, saved: Saved
-) -> None:
+def test_flipped_configuration_bytes(data: st.DataObject, saved: Saved) -> None:
     """Whatever the configuration says, the weights are those of the file, or there is one error."""
     directory, weights, config, expected, _ = saved
     damaged = bytearray(config)

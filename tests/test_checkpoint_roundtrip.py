@@ -92,7 +92,9 @@ def test_types(dtype: torch.dtype, tmp_path: Path) -> None:
     loaded = RxTDecoder.from_pretrained(tmp_path)
     assert {tensor.dtype for tensor in loaded.state_dict().values()} == {dtype}
     assert loaded.stm.memory.dtype == dtype
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
     converted = RxTDecoder.from_pretrained(tmp_path, dtype=torch.float32)
     assert {tensor.dtype for tensor in converted.state_dict().values()} == {torch.float32}
     assert converted.stm.memory.dtype == torch.float32

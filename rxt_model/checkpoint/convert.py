@@ -18,9 +18,7 @@ _EXPERT_LAYOUTS = ("stacked", "per-expert")
 _EXPERT_KEY = re.compile(r"^(?P<layer>.*\bff)\.(?P<kind>experts|shared_experts)\.(?P<index>\d+)\.(?P<part>.+)$")
 
 
-def convert_experts(
-    state_dict: Mapping[str, Tensor], *, to: Literal["stacked", "per-expert"]
-) -> dict[str, Tensor]:
+def convert_experts(state_dict: Mapping[str, Tensor], *, to: Literal["stacked", "per-expert"]) -> dict[str, Tensor]:
     """The same mixture-of-experts layers in the other weight layout (spec 2.8 and 3.3).
 
     A stacked tensor holds all experts of a layer, transposed: ``w1[e] = fc1.linear.weight.T`` (or ``fc1.weight.T``

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
-from rxt_model.checkpoint.errors import CheckpointError, CheckpointWarning
+from rxt_model.checkpoint.errors import CheckpointError
 from rxt_model.config import (
     OWN_FIELDS,
     MemoryAttentionConfig,
@@ -64,27 +63,26 @@ _WITHOUT_EFFECT = frozenset(
 _OFF = (None, False, 0, "", "null")
 
 
-def checked_fields(kind: str, config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+def checked_fields(kind: str, config: Mapping[str, Any], *, where: str, notes: list[str]) -> dict[str, Any]:
     """The known fields of one component's part of a `config.json`, with their types checked.
 
     Args:
         kind: a name of `CONFIG_CLASSES`.
         config: that part, as parsed.
         where: the file (and part) for messages.
+        notes: gets a sentence about unknown keys with values other than "off", which may change what upstream computes.
 
     Returns:
         The fields that are present and known; nothing is filled in.
 
     Raises:
         CheckpointError: a value has the wrong type, or a key switches on what this package does not implement.
-
-    Warns:
-        CheckpointWarning: an unknown key with a value other than "off", which may change what upstream computes.
     """
     cls = CONFIG_CLASSES[kind]
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     fields: dict[str, Any] = {}
+    unknown: list[str] = []
     for key, value in config.items():
         if key in names:
             if key in OWN_FIELDS:
@@ -93,7 +91,9 @@ def checked_fields(kind: str, config: Mapping[str, Any], *, where: str) -> dict[
                     "the weights file, and from_pretrained takes it as an argument where it can be overridden."
                 )
             if not _fits(value, hints[key]):
-                raise CheckpointError(f"{where}, key {key!r}: the value is {_short(value)}, {_wanted(hints[key])} is needed.")
+                raise CheckpointError(
+                    f"{where}, key {key!r}: the value is {_short(value)}, {_wanted(hints[key])} is needed."
+                )
             fields[key] = tuple(value) if isinstance(value, list) else value
         elif key in _OUT_OF_SCOPE and value not in _OFF and value != []:
             raise CheckpointError(
@@ -102,9 +102,9 @@ def checked_fields(kind: str, config: Mapping[str, Any], *, where: str) -> dict[
         elif key in _OUT_OF_SCOPE or key in _WITHOUT_EFFECT or key.startswith("linear_attn_"):
             continue
         elif value not in _OFF and value not in ([], {}):
-            warnings.warn(
-                f"{where}, key {key!r}: unknown here, the value {_short(value)} is ignored.", CheckpointWarning, stacklevel=2
-            )
+            unknown.append(f"{key!r} = {_short(value)}")
+    if unknown:
+        notes.append(f"{where}: unknown keys are ignored: {', '.join(unknown)}.")
     return fields
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -11,7 +12,7 @@ import torch
 from huggingface_hub import HfApi, ModelHubMixin, hf_hub_download
 from huggingface_hub import errors as hub_errors
 
-from rxt_model.checkpoint.errors import CheckpointError
+from rxt_model.checkpoint.errors import CheckpointError, CheckpointWarning
 from rxt_model.checkpoint.loading import LoadOptions, load_model
 from rxt_model.checkpoint.protocol import Component, LoadableModule, OwnsBuffers
 from rxt_model.checkpoint.reader import CONFIG_NAME, WEIGHTS_NAME
@@ -24,20 +25,33 @@ Model = TypeVar("Model", bound="PretrainedModel")
 _TOKENIZER_NAME = "tokenizer.json"
 
 
+def _network_errors() -> tuple[type[Exception], ...]:
+    """What can go wrong on the way to the hub; its client has used two different libraries."""
+    try:
+        import httpx
+    except ImportError:
+        return (hub_errors.HfHubHTTPError, OSError)
+    return (hub_errors.HfHubHTTPError, httpx.HTTPError, OSError)
+
+
+_NETWORK_ERRORS = _network_errors()
+
+
 class PretrainedModel(LoadableModule, ModelHubMixin, library_name="rxt-kernels", tags=["reactive-transformer"]):
     """Base class of everything that is loaded from, saved to, and published as a checkpoint.
 
-    A checkpoint is a directory, or a repository on the Hugging Face hub, with `config.json` and `model.safetensors`. What
-    a subclass provides is described in `rxt_model.checkpoint.protocol`.
+        A checkpoint is a directory, or a repository on the Hugging Face hub, with `config.json` and `model.safetensors`. What
+        a subclass provides is described in `rxt_model.checkpoint.protocol`.
 
-    Example:
-        >>> import tempfile
-        >>> from rxt_model.config import MLMHeadConfig
-        >>> from rxt_model.heads import MLMHead
-        >>> directory = tempfile.mkdtemp()
-        >>> MLMHead(MLMHeadConfig(embed_dim=4, vocab_size=6)).save_pretrained(directory)
-        >>> MLMHead.from_pretrained(directory).config
-        MLMHeadConfig(embed_dim=4, vocab_size=6)
+        Example:
+            >>> import tempfile
+    import warnings
+            >>> from rxt_model.config import MLMHeadConfig
+            >>> from rxt_model.heads import MLMHead
+            >>> directory = tempfile.mkdtemp()
+            >>> MLMHead(MLMHeadConfig(embed_dim=4, vocab_size=6)).save_pretrained(directory)
+            >>> MLMHead.from_pretrained(directory).config
+            MLMHeadConfig(embed_dim=4, vocab_size=6)
     """
 
     @classmethod
@@ -88,6 +102,10 @@ class PretrainedModel(LoadableModule, ModelHubMixin, library_name="rxt-kernels",
             CheckpointError: the files are absent, damaged, of another format or model, or contradict each other; the
                 message names the file and the key. Nothing is returned half-loaded.
             ValueError, TypeError: an argument is none of the accepted values.
+
+        Warns:
+            CheckpointWarning: the model loads, by a rule that the files cannot prove (the message names the argument
+                that overrides it), or its configuration has keys that are unknown here.
         """
         options = LoadOptions(
             rope_layout=rope_layout,
@@ -121,7 +139,10 @@ class PretrainedModel(LoadableModule, ModelHubMixin, library_name="rxt-kernels",
             )
         if optional and (directory / _TOKENIZER_NAME).is_file():
             tokenizer = _load_tokenizer(directory / _TOKENIZER_NAME)
-        return load_model(cls, directory, options, tokenizer=tokenizer)
+        model, notes = load_model(cls, directory, options, tokenizer=tokenizer)
+        for note in notes:
+            warnings.warn(note, CheckpointWarning, stacklevel=2)
+        return model
 
     def save_pretrained(  # type: ignore[override]  # the mixin removes the old config.json first; this is atomic
         self,
@@ -200,7 +221,7 @@ class PretrainedModel(LoadableModule, ModelHubMixin, library_name="rxt-kernels",
                     revision=branch,
                     create_pr=create_pr,
                 )
-        except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
+        except (*_NETWORK_ERRORS, hub_errors.HFValidationError) as error:
             raise CheckpointError(f"{repo_id}: the model cannot be published there ({_first_line(error)}).") from error
         return str(commit)
 
@@ -219,9 +240,7 @@ def _local_directory(name: str | os.PathLike[str]) -> Path | None:
         )
     looks_local = not isinstance(name, str) or text.startswith((".", "~")) or path.is_absolute() or "\\" in text
     if looks_local or text.count("/") != 1 or not text:
-        raise CheckpointError(
-            f"{text}: there is no such directory, and a hub id has the form 'owner/name'."
-        )
+        raise CheckpointError(f"{text}: there is no such directory, and a hub id has the form 'owner/name'.")
     return None
 
 
@@ -271,7 +290,7 @@ def _download(
             if name in optional:
                 continue
             raise CheckpointError(f"{hub_id}{at}: the hub repository has no {name}.") from error
-        except (hub_errors.HfHubHTTPError, OSError) as error:
+        except _NETWORK_ERRORS as error:
             raise CheckpointError(f"{hub_id}{at}: {name} cannot be downloaded ({_first_line(error)}).") from error
         if name in names:
             directory = Path(path).parent

@@ -292,7 +292,15 @@ def _stated_heads(kind: Any, groups: Any, query_groups: Any, heads: int) -> tupl
 def _write_heads(file: ComponentFile, names: tuple[str, str, str], counts: tuple[int, int], heads: int) -> None:
     kind_name, groups_name, query_name = names
     query_heads, key_value_heads = counts
-    kind = "mha" if counts == (heads, heads) else "sqa" if query_heads != heads else "mqa" if key_value_heads == 1 else "gqa"
+    kind = (
+        "mha"
+        if counts == (heads, heads)
+        else "sqa"
+        if query_heads != heads
+        else "mqa"
+        if key_value_heads == 1
+        else "gqa"
+    )
     file.fields[kind_name] = kind
     file.fields[groups_name] = key_value_heads
     file.fields[query_name] = query_heads
@@ -549,9 +557,7 @@ def _infer_memory_attention(file: ComponentFile) -> None:
     count = file.layers("model.attention_layers")
     file.strict_fact("num_layers", count, f"model.attention_layers.{count - 1}.q_proj.weight")
     head_dim, heads = _infer_heads(file, "attention_layers")
-    _infer_attention(
-        file, "model.attention_layers.0", head_dim, heads, ("att_type", "att_groups", "att_query_groups")
-    )
+    _infer_attention(file, "model.attention_layers.0", head_dim, heads, ("att_type", "att_groups", "att_query_groups"))
     variant = _infer_variant(file)
     file.fields["variant"] = variant
     if variant == "self":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rxt_model.checkpoint.era import read_own_fields, rope_layout_of_era
-from rxt_model.checkpoint.errors import CheckpointError, CheckpointWarning
+from rxt_model.checkpoint.errors import CheckpointError
 from rxt_model.checkpoint.fields import checked_fields
 from rxt_model.checkpoint.inference import ComponentFile, infer_component, is_ignored_buffer
 from rxt_model.checkpoint.protocol import LoadableModule, OwnsBuffers
@@ -56,8 +55,13 @@ class LoadOptions:
             raise ValueError(f"dtype is {self.dtype!r}; a floating point torch.dtype, or None for the file's own.")
 
 
-def load_model(cls: type[Model], directory: Path, options: LoadOptions, *, tokenizer: Any = None) -> Model:
+def load_model(
+    cls: type[Model], directory: Path, options: LoadOptions, *, tokenizer: Any = None
+) -> tuple[Model, list[str]]:
     """Loads a model of class `cls` from `config.json` and `model.safetensors` in `directory`.
+
+    Returns:
+        The model, and what its user should be warned about.
 
     Raises:
         CheckpointError: anything about the two files, in one sentence that names file and key.
@@ -66,19 +70,18 @@ def load_model(cls: type[Model], directory: Path, options: LoadOptions, *, token
     options.check()
     weights_path = find_weights(directory)
     config = read_json_object(directory / CONFIG_NAME)
+    notes: list[str] = []
     with SafetensorsFile(weights_path) as weights:
-        sources = _sources(weights, cls.component)
-        resolved = _resolve(cls.component, config, sources, weights, directory / CONFIG_NAME, options)
+        sources = _sources(weights, cls.component, notes)
+        resolved = _resolve(cls.component, config, sources, weights, directory / CONFIG_NAME, options, notes)
         model = _build(cls, resolved, directory / CONFIG_NAME, tokenizer)
         _check_keys(model, sources, weights)
         device = torch.get_default_device() if options.device is None else options.device
-        tensors = {
-            key: weights.read(sources[key]).to(device=device, dtype=options.dtype) for key in model.state_dict()
-        }
+        tensors = {key: weights.read(sources[key]).to(device=device, dtype=options.dtype) for key in model.state_dict()}
     model.load_state_dict(tensors, strict=True, assign=True)
     _reset_buffers(model, device)
     model._after_load()
-    return model.eval()
+    return model.eval(), notes
 
 
 def find_weights(directory: Path) -> Path:
@@ -103,7 +106,7 @@ def _choice(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
 # which stored tensor becomes which weight
 
 
-def _sources(weights: SafetensorsFile, component: str) -> dict[str, str]:
+def _sources(weights: SafetensorsFile, component: str, notes: list[str]) -> dict[str, str]:
     """Name in the model to name in the file, for everything that is a weight."""
     sources: dict[str, str] = {}
     for name, entry in weights.entries.items():
@@ -119,11 +122,11 @@ def _sources(weights: SafetensorsFile, component: str) -> dict[str, str]:
             target = f"{match['layer']}.norm3.{match['part']}"
         sources[target] = name
     if component in _FULL:
-        _alias_embeddings(sources, weights)
+        _alias_embeddings(sources, weights, notes)
     return sources
 
 
-def _alias_embeddings(sources: dict[str, str], weights: SafetensorsFile) -> None:
+def _alias_embeddings(sources: dict[str, str], weights: SafetensorsFile, notes: list[str]) -> None:
     """Both embedding names, whichever of them the file kept; they are one tensor in every full model.
 
     A file that has both with different values was saved before its components were shared. Sharing keeps the encoder's
@@ -143,11 +146,9 @@ def _alias_embeddings(sources: dict[str, str], weights: SafetensorsFile) -> None
             )
         if torch.equal(weights.read(sources[_DECODER_EMBEDDING]), weights.read(sources[_ENCODER_EMBEDDING])):
             return
-        warnings.warn(
+        notes.append(
             f"{weights.path}: {_DECODER_EMBEDDING!r} and {_ENCODER_EMBEDDING!r} differ, and a full model has one "
-            "embedding; the encoder's is used, as upstream does when it shares them.",
-            CheckpointWarning,
-            stacklevel=2,
+            "embedding; the encoder's is used, as upstream does when it shares them."
         )
         stored = [_ENCODER_EMBEDDING]
     sources.update(dict.fromkeys(_EMBEDDINGS, sources[stored[0]]))
@@ -188,6 +189,7 @@ def _resolve(
     weights: SafetensorsFile,
     config_path: Path,
     options: LoadOptions,
+    notes: list[str],
 ) -> dict[str, Any]:
     """The dictionary for `_from_config`, complete."""
     prefixes = {part: part for part in _PARTS} if component in _FULL else {"": component}
@@ -201,22 +203,26 @@ def _resolve(
             where, part = f"{config_path}, key '{prefix}_config'", config.get(f"{prefix}_config")  # type: ignore[assignment]
             if not isinstance(part, dict):
                 raise CheckpointError(f"{where}: a JSON object is needed; it is {type(part).__name__}.")
-        files.append(_component_file(kind, prefix, shapes, checked_fields(kind, part, where=where), weights, where))
+        fields_stated = checked_fields(kind, part, where=where, notes=notes)
+        files.append(_component_file(kind, prefix, shapes, fields_stated, weights, where))
     _set_variant(files, config, config_path, own, weights, options)
     fields = {file.prefix.rstrip("."): infer_component(file) for file in files}
     for file in files:
         settle_rotary_base(file, fields[file.prefix.rstrip(".")], weights)
-    _set_own_fields(fields, files, own, weights, options)
-    _warn_of_doubts(files, options)
+    _settle_memory_size(fields, files)
+    _set_own_fields(fields, files, own, weights, options, notes)
+    _note_doubts(files, options, notes)
     if component not in _FULL:
         return fields[""]
     resolved: dict[str, Any] = {f"{part}_config": fields[part] for part in _PARTS}
     resolved["memory_attention_variant"] = fields["memory_attention"]["variant"]
-    resolved["tokenizer_config"] = _token_ids(config, config_path)
+    resolved["tokenizer_config"] = _token_ids(config, config_path, notes)
     if component == "rxt_beta" and "system_prompt_title" in config:
         title = config["system_prompt_title"]
         if not isinstance(title, str):
-            raise CheckpointError(f"{config_path}, key 'system_prompt_title': the value is {title!r}, a string is needed.")
+            raise CheckpointError(
+                f"{config_path}, key 'system_prompt_title': the value is {title!r}, a string is needed."
+            )
         resolved["system_prompt_title"] = title
     return resolved
 
@@ -234,6 +240,17 @@ def _component_file(
     return ComponentFile(
         kind=kind, shapes=own_shapes, config=fields, weights_file=str(weights.path), config_where=where, prefix=start
     )
+
+
+def _settle_memory_size(fields: dict[str, dict[str, Any]], files: list[ComponentFile]) -> None:
+    """One size of memory for a full model, where only some of its components tell it; memory attention is asked first."""
+    if len(files) == 1:
+        return
+    tells = {file.kind: "stm_size" in {**file.config, **file.fields} for file in files}
+    size = next((fields[kind]["stm_size"] for kind in reversed(_PARTS) if tells[kind]), None)
+    for kind in _PARTS:
+        if size is not None and not tells[kind]:
+            fields[kind]["stm_size"] = size
 
 
 def _set_variant(
@@ -267,16 +284,15 @@ def _set_own_fields(
     own: Mapping[str, Mapping[str, Any]] | None,
     weights: SafetensorsFile,
     options: LoadOptions,
+    notes: list[str],
 ) -> None:
     """Rotary layout, angle type, padding and whether an encoder reads memory."""
     layout, certain = rope_layout_of_era(files, weights.metadata)
     if own is None and options.rope_layout == "auto" and not certain:
         other = "interleaved" if layout == "split" else "split"
-        warnings.warn(
+        notes.append(
             f"{weights.path}: the files do not say which rotary layout the model was trained with; {layout!r} is assumed. "
-            f"If its answers are worse than they should be, pass rope_layout={other!r}.",
-            CheckpointWarning,
-            stacklevel=2,
+            f"If its answers are worse than they should be, pass rope_layout={other!r}."
         )
     for file in files:
         values = fields[file.prefix.rstrip(".")]
@@ -297,25 +313,24 @@ def _set_own_fields(
             values["reads_memory"] = values["rope_layout"] == "split" or values["skip_memory_cross_attention"]
 
 
-def _warn_of_doubts(files: list[ComponentFile], options: LoadOptions) -> None:
+def _note_doubts(files: list[ComponentFile], options: LoadOptions, notes: list[str]) -> None:
     for file in files:
         if "variant" in file.doubts and options.memory_attention_variant is None:
-            warnings.warn(
+            notes.append(
                 f"{file.weights_file}: without gates, the tensors are the same for memory attention 'interlayer' and "
                 f"'gated-self-interlayer'; {file.fields['variant']!r} is assumed. Pass memory_attention_variant= for the "
-                "other.",
-                CheckpointWarning,
-                stacklevel=2,
+                "other."
             )
 
 
-def _token_ids(config: Mapping[str, Any], config_path: Path) -> dict[str, Any]:
+def _token_ids(config: Mapping[str, Any], config_path: Path, notes: list[str]) -> dict[str, Any]:
     """The control-token ids that are there; which of them are needed is the model's to say."""
     stored = config.get("tokenizer_config") or {}
     where = f"{config_path}, key 'tokenizer_config'"
     if not isinstance(stored, dict):
         raise CheckpointError(f"{where}: a JSON object is needed; it is {type(stored).__name__}.")
-    return checked_fields("tokens", {key: value for key, value in stored.items() if value is not None}, where=where)
+    present = {key: value for key, value in stored.items() if value is not None}
+    return checked_fields("tokens", present, where=where, notes=notes)
 
 
 # building

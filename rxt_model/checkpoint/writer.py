@@ -42,7 +42,9 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Ma
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:
-            raise ValueError(f"key {name!r}: the type {tensor.dtype} cannot be stored; accepted: {', '.join(_NAMES.values())}.")
+            raise ValueError(
+                f"key {name!r}: the type {tensor.dtype} cannot be stored; accepted: {', '.join(_NAMES.values())}."
+            )
     # Wide types first, then by name: the order of the format's own writer, which keeps every tensor aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, object] = {}
