@@ -3,6 +3,10 @@
 Every public operation owns one :class:`Operation`. It always has the eager reference, which is the definition; faster
 backends register themselves with :meth:`Operation.register` together with a ``supports`` function, which is called with
 the arguments of the operation and answers None (supported) or a sentence (the reason why not).
+
+A room gains a backend without anything being moved: its ``triton.py`` or ``native.py`` defines a function with the
+arguments of the reference, in the same order, and ``supports`` with those arguments; its ``op.py`` calls
+``register("triton", function, supports)`` on the operation it owns. The arguments have been checked before either is called.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def sparse_query_attention(
             reads key/value head h // (Hq / Hkv); with Hq < Hkv, the query heads are tiled.
         causal: query i sees only the keys up to Tk - Tq + i, so the last query sees the last key. A single query sees
             every key.
-        key_mask: (batch, key time) bool, True = visible.
+        key_mask: (batch, key time) bool, True = visible. Hidden values weigh 0, so they must be finite all the same.
         key_lengths: (batch,) int64: the first so many keys are visible. At most one of key_mask and key_lengths. The
             causal alignment stays on key time.
         query_angles, key_angles: (time, head_dim/2) or (batch, time, head_dim/2): rotate that side first, see
