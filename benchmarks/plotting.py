@@ -9,7 +9,7 @@ import argparse
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,33 @@ _LABELS = {
 }
 _STYLES: dict[str, Any] = {"rxt": "-", "stateless-reread": (0, (6, 1.5)), "stateless-cached": (0, (2, 1.2))}
 _SHORT = {"stateless-reread": "re-reading", "stateless-cached": "kept cache"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of the four pictures: what it shows, in which unit, and how to take low, middle and high from a row."""
+
+    measure: str
+    title: str
+    unit: str
+    values: Callable[[Mapping[str, Any]], tuple[float, float, float]]
+
+
+def _spread(spread: Mapping[str, float], scale: float) -> tuple[float, float, float]:
+    return spread["p20"] * scale, spread["p50"] * scale, spread["p80"] * scale
+
+
+_PANELS = (
+    Panel("first_token", "Waiting for the first token", "milliseconds", lambda row: _spread(row["first_token"], 1e3)),
+    Panel("latency", "Waiting for the whole answer", "milliseconds", lambda row: _spread(row, 1e3)),
+    Panel(
+        "cumulative",
+        "Computing, conversation so far, updates included",
+        "seconds",
+        lambda row: _spread(row["cumulative"], 1.0),
+    ),
+    Panel("state_bytes", "State kept between turns", "megabytes", lambda row: (row["state_bytes"] / 1e6,) * 3),
+)
 
 
 def require_matplotlib() -> None:
@@ -99,20 +126,19 @@ def _draw(results: Results, theme: Theme, file: Path) -> None:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"font.size": 11.5, "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(14, 5.1), dpi=130, facecolor=theme.background)
+        figure = Figure(figsize=(12, 9.2), dpi=130, facecolor=theme.background)
         FigureCanvasAgg(figure)
-        left, middle, right = figure.subplots(1, 3)
-        figure.subplots_adjust(left=0.05, right=0.988, top=0.725, bottom=0.185, wspace=0.19)
-        _latency(left, results, theme)
-        _cumulative(middle, results, theme)
-        _state(right, results, theme)
-        handles, labels = left.get_legend_handles_labels()
+        grid = figure.subplots(2, 2)
+        figure.subplots_adjust(left=0.066, right=0.982, top=0.815, bottom=0.112, wspace=0.19, hspace=0.46)
+        for axes, panel in zip(grid.flat, _PANELS, strict=True):
+            _draw_panel(axes, results, theme, panel)
+        handles, labels = grid[0, 1].get_legend_handles_labels()
         figure.legend(
-            handles, labels, loc="upper left", bbox_to_anchor=(0.042, 0.915), ncols=len(handles), frameon=False,
-            labelcolor=theme.text, handlelength=2.6, columnspacing=1.8,
+            handles, labels, loc="upper left", bbox_to_anchor=(0.056, 0.942), ncols=len(handles), frameon=False,
+            labelcolor=theme.text, handlelength=2.6, columnspacing=1.6,
         )  # fmt: skip
-        figure.text(0.05, 0.945, _headline(results), color=theme.text, fontsize=15, fontweight="bold")
-        figure.text(0.05, 0.03, _caption(results), color=theme.text, fontsize=9.5, alpha=0.8)
+        figure.text(0.066, 0.953, _headline(results), color=theme.text, fontsize=16.5, fontweight="bold")
+        figure.text(0.066, 0.02, _caption(results), color=theme.text, fontsize=9.5, alpha=0.8, linespacing=1.5)
         figure.savefig(file, format="png", facecolor=theme.background)
 
 
@@ -125,13 +151,14 @@ def _caption(results: Results) -> str:
     shape = results.rows[0]["shape"]
     tokens = f"{shape['prompt'] + shape['answer']} tokens a turn"
     if settings["lengths"] == "real":
-        tokens = "messages as long as they were"
+        tokens = "messages of real length"
     repeats = results.summary["repeats_measured"]
     band = ", bands: 20th to 80th percentile" if repeats > 2 else ""
     return (
         f"{settings['model']}: decoder {counts['rxt_decoder'] / 1e6:.1f} M parameters, stateless LLM "
-        f"{counts['stateless'] / 1e6:.1f} M; {tokens}, {settings['dialogues']}; float32, eager torch "
-        f"{environment['torch']}, {environment['cpu']}, {environment['threads']} threads; median of {repeats}{band}."
+        f"{counts['stateless'] / 1e6:.1f} M; {tokens} from {settings['dialogues']}.\n"
+        f"float32, eager torch {environment['torch']}, {environment['cpu']}, {environment['threads']} "
+        f"thread{'s' if environment['threads'] > 1 else ''}; medians of {repeats} conversations{band}."
     )
 
 
@@ -139,20 +166,42 @@ def _rows(results: Results, name: str) -> list[Mapping[str, Any]]:
     return [row for row in results.rows if row["name"] == name]
 
 
-def _prepare(axes: Any, theme: Theme, title: str, unit: str, turns: int) -> None:
+def _draw_panel(axes: Any, results: Results, theme: Theme, panel: Panel) -> None:
+    for name in _LABELS:
+        rows = _rows(results, name)
+        turns = [row["turn"] for row in rows]
+        colour = theme.series[name]
+        values = [panel.values(row) for row in rows]
+        axes.fill_between(
+            turns, [low for low, _, _ in values], [high for _, _, high in values],
+            color=colour, alpha=0.2, linewidth=0,
+        )  # fmt: skip
+        axes.plot(
+            turns, [middle for _, middle, _ in values],
+            color=colour, linestyle=_STYLES[name], linewidth=2.6 if name == "rxt" else 2.1, label=_LABELS[name],
+        )  # fmt: skip
+    if panel.measure == "latency":
+        ours = _rows(results, "rxt")
+        axes.plot(
+            [row["turn"] for row in ours], [1e3 * (row["p50"] + row["memory_update"]["p50"]) for row in ours],
+            color=theme.series["rxt"], linewidth=1.1, label="RxT and its memory update",
+        )  # fmt: skip
+    _dress(axes, theme, panel, len(_rows(results, "rxt")))
+    _say_overtaking(axes, results, theme, panel)
+
+
+def _dress(axes: Any, theme: Theme, panel: Panel, turns: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_facecolor(theme.background)
-    axes.set_title(title, color=theme.text, fontsize=12.5, loc="left", pad=9)
-    axes.set_xlabel("turn of the conversation", color=theme.text)
-    axes.set_ylabel(unit, color=theme.text)
+    axes.set_xlabel("turn", color=theme.text)
+    axes.set_ylabel(panel.unit, color=theme.text)
     axes.set_xlim(1, turns)
-    axes.set_ylim(bottom=0)
-    ticks = [tick for tick in (1, 8, 16, 24, 32, 40, 48, 56, 64) if tick <= turns]
-    if turns > 64 or turns < 16:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(0, axes.get_ylim()[1])
+    if 16 <= turns <= 64:
+        axes.set_xticks([tick for tick in (1, 8, 16, 24, 32, 40, 48, 56, 64) if tick <= turns])
     else:
-        axes.set_xticks(ticks)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(colors=theme.text, length=0, pad=6)
     axes.grid(True, color=theme.faint, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -161,84 +210,28 @@ def _prepare(axes: Any, theme: Theme, title: str, unit: str, turns: int) -> None
         spine.set_color(theme.text)
 
 
-def _line(axes: Any, theme: Theme, name: str, rows: Sequence[Mapping[str, Any]], spread: Any, scale: float) -> None:
-    turns = [row["turn"] for row in rows]
-    colour = theme.series[name]
-    axes.fill_between(
-        turns, [spread(row)["p20"] * scale for row in rows], [spread(row)["p80"] * scale for row in rows],
-        color=colour, alpha=0.2, linewidth=0,
-    )  # fmt: skip
-    axes.plot(
-        turns, [spread(row)["p50"] * scale for row in rows],
-        color=colour, linestyle=_STYLES[name], linewidth=2.6 if name == "rxt" else 2.1, label=_LABELS[name],
-    )  # fmt: skip
-
-
-def _mark_overtaking(axes: Any, results: Results, theme: Theme, measure: str, value: Any) -> None:
-    """A point where RxT gets ahead, and a line of words for each comparison."""
+def _say_overtaking(axes: Any, results: Results, theme: Theme, panel: Panel) -> None:
+    """A title, under it where RxT gets ahead in words, and a point there."""
+    axes.text(
+        0, 1.135, panel.title, transform=axes.transAxes, color=theme.text, fontsize=13, fontweight="bold"
+    )
     notes = []
     for found in results.summary["overtaking"]:
-        if found["measure"] != measure:
+        if found["measure"] != panel.measure:
             continue
         turn, other = found["turn"], _SHORT[found["against"]]
         if turn is None:
-            notes.append(f"{other}: not overtaken")
+            notes.append(f"behind {other}")
         elif turn == 1:
-            notes.append(f"{other}: RxT ahead from turn 1")
+            notes.append(f"ahead of {other} throughout")
         else:
-            notes.append(f"{other}: RxT ahead from turn {turn}")
+            notes.append(f"ahead of {other} from turn {turn}")
+            height = panel.values(_rows(results, "rxt")[turn - 1])[1]
             axes.plot(
-                [turn], [value("rxt", turn)], marker="o", markersize=9, markerfacecolor=theme.background,
-                markeredgecolor=theme.series["rxt"], markeredgewidth=2.2, zorder=5, linestyle="none",
+                [turn], [height], marker="o", markersize=9, markerfacecolor=theme.background, linestyle="none",
+                markeredgecolor=theme.series["rxt"], markeredgewidth=2.2, zorder=5, clip_on=False,
             )  # fmt: skip
-    axes.text(
-        0.035, 0.965, "\n".join(notes), transform=axes.transAxes, va="top", color=theme.text, fontsize=10.5,
-        linespacing=1.5, bbox={"facecolor": theme.background, "edgecolor": "none", "alpha": 0.8, "pad": 2.5},
-    )  # fmt: skip
-
-
-def _latency(axes: Any, results: Results, theme: Theme) -> None:
-    for name in _LABELS:
-        _line(axes, theme, name, _rows(results, name), lambda row: row, 1e3)
-    ours = _rows(results, "rxt")
-    axes.plot(
-        [row["turn"] for row in ours], [1e3 * (row["p50"] + row["memory_update"]["p50"]) for row in ours],
-        color=theme.series["rxt"], linewidth=1.1, alpha=0.9, label="RxT with its memory update, after the answer",
-    )  # fmt: skip
-    _prepare(axes, theme, "Waiting for the answer", "milliseconds per turn", len(ours))
-    _mark_overtaking(axes, results, theme, "latency", lambda name, turn: 1e3 * _rows(results, name)[turn - 1]["p50"])
-    _leave_room(axes)
-
-
-def _cumulative(axes: Any, results: Results, theme: Theme) -> None:
-    for name in _LABELS:
-        _line(axes, theme, name, _rows(results, name), lambda row: row["cumulative"], 1.0)
-    turns = len(_rows(results, "rxt"))
-    _prepare(axes, theme, "Whole conversation so far, updates included", "seconds", turns)
-    _mark_overtaking(
-        axes, results, theme, "cumulative", lambda name, turn: _rows(results, name)[turn - 1]["cumulative"]["p50"]
-    )
-    _leave_room(axes)
-
-
-def _state(axes: Any, results: Results, theme: Theme) -> None:
-    for name in _LABELS:
-        rows = _rows(results, name)
-        axes.plot(
-            [row["turn"] for row in rows], [row["state_bytes"] / 1e6 for row in rows],
-            color=theme.series[name], linestyle=_STYLES[name], linewidth=2.6 if name == "rxt" else 2.1,
-        )  # fmt: skip
-    turns = len(_rows(results, "rxt"))
-    _prepare(axes, theme, "State kept between turns", "megabytes", turns)
-    _mark_overtaking(
-        axes, results, theme, "state_bytes", lambda name, turn: _rows(results, name)[turn - 1]["state_bytes"] / 1e6
-    )
-    _leave_room(axes)
-
-
-def _leave_room(axes: Any) -> None:
-    """Space above the curves for the words in the corner."""
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
+    axes.text(0, 1.045, "RxT: " + ", ".join(notes), transform=axes.transAxes, color=theme.text, fontsize=10.5)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

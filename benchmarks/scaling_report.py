@@ -34,8 +34,8 @@ Samples = dict[str, list[list[TurnTimes]]]
 RXT, REREAD, CACHED = "rxt", "stateless-reread", "stateless-cached"
 TITLES = {RXT: "RxT", REREAD: "LLM, history re-read", CACHED: "LLM, KV cache kept"}
 _IN_SENTENCES = {
-    REREAD: "the stateless LLM that re-reads its history",
-    CACHED: "the stateless LLM that keeps its KV cache",
+    REREAD: "the LLM that re-reads its history",
+    CACHED: "the LLM that keeps its KV cache",
 }
 _TIMES = ("first_token", "latency", "memory_update")
 _ARITHMETIC_HORIZON = 10_000  # turns that operations are counted for; counting is cheap
@@ -310,7 +310,6 @@ def summarise(results: Results, systems: Sequence[System]) -> dict[str, Any]:
             _overtaking(ours, curves[against], measure, against)
             for measure in ("latency", "first_token", "cumulative", "state_bytes")
             for against in (REREAD, CACHED)
-            if not (measure == "state_bytes" and against == REREAD)
         ],
         "overtaking_by_arithmetic": _arithmetic(systems, ours.rows[-1]["shape"]),
     }
@@ -391,12 +390,12 @@ def _arithmetic_sentence(found: Mapping[str, Any]) -> str:
 def text_report(results: Results, systems: Sequence[System]) -> str:
     """The table and the conclusions, for a terminal."""
     summary, environment, limits = results.summary, results.environment, results.limits
-    counts = summary["parameters"]
+    counts, threads = summary["parameters"], environment["threads"]
     lines = [
         f"{results.settings['model']} ({counts['rxt'] / 1e6:.1f} M parameters, decoder "
         f"{counts['rxt_decoder'] / 1e6:.1f} M) and a stateless LLM of its width and depth "
         f"({counts['stateless'] / 1e6:.1f} M), float32",
-        f"{environment['cpu']}, {environment['threads']} threads, torch {environment['torch']}, load "
+        f"{environment['cpu']}, {threads} thread{'s' if threads > 1 else ''}, torch {environment['torch']}, load average "
         f"{environment['load_average']} before; reads {limits['read_bandwidth_bytes_per_second'] / 1e9:.0f} GB/s, "
         f"multiplies {limits['fma_flops_per_second'] / 1e9:.0f} GFLOP/s",
         f"{results.settings['dialogues']}, {summary['repeats_measured']} conversations of {summary['turns_measured']} "
