@@ -118,6 +118,7 @@ def test_tokenizer_of_the_directory(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: the tokenizer cannot be loaded.*Pass tokenizer="):
         RxTAlpha.from_pretrained(tmp_path)
+    assert RxTAlpha.from_pretrained(tmp_path, tokenizer=False).tokenizer is None
     (tmp_path / "tokenizer.json").unlink()
     assert RxTAlpha.from_pretrained(tmp_path).tokenizer is None
 
@@ -252,6 +253,19 @@ def test_loading_from_the_hub(hub: Hub) -> None:
         "repo_id": "owner/name", "revision": "v1", "token": "t", "cache_dir": "c", "local_files_only": True,
         "force_download": False,
     }  # fmt: skip
+
+
+def test_a_repository_that_changes_meanwhile(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder().save_pretrained(hub.root)
+
+    def download(repo_id: str, filename: str, **options: Any) -> str:
+        snapshot = hub.root / filename.replace(".", "-")
+        snapshot.mkdir()
+        return str(shutil.copy(hub.root / filename, snapshot))
+
+    monkeypatch.setattr(hub_module, "hf_hub_download", download)
+    with pytest.raises(CheckpointError, match="changed while it was downloaded; try again"):
+        RxTDecoder.from_pretrained("owner/name")
 
 
 def test_a_full_model_from_the_hub_without_a_tokenizer(hub: Hub) -> None:

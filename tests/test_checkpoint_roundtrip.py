@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from rxt_model.checkpoint import CheckpointError, CheckpointWarning, PretrainedModel
+from rxt_model.checkpoint import CheckpointError, CheckpointWarning, PretrainedModel, SafetensorsFile
 from rxt_model.config import OWN_FIELDS
 from rxt_model.decoder import RxTDecoder
 from rxt_model.models import RxTAlpha, RxTBeta
@@ -109,10 +109,12 @@ def test_mixed_types_stay_mixed(tmp_path: Path) -> None:
     assert loaded.model.embedding.weight.dtype == torch.bfloat16
 
 
-def test_meta_device(tmp_path: Path) -> None:
+def test_meta_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder().save_pretrained(tmp_path)
     loaded = RxTDecoder.from_pretrained(tmp_path, device="meta")
     assert all(parameter.is_meta for parameter in loaded.parameters())
+    monkeypatch.setattr(SafetensorsFile, "read", None)
+    assert RxTDecoder.from_pretrained(tmp_path, device="meta").config == loaded.config, "no weights are read for that"
     with pytest.raises(CheckpointError, match=r"'model\.embedding\.weight'.*meta device"):
         loaded.save_pretrained(tmp_path / "no")
     assert not (tmp_path / "no").exists()

@@ -25,16 +25,14 @@ Model = TypeVar("Model", bound="PretrainedModel")
 _TOKENIZER_NAME = "tokenizer.json"
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
-    """What can go wrong on the way to the hub; its client has used two different libraries."""
-    try:
-        import httpx
-    except ImportError:
-        return (hub_errors.HfHubHTTPError, OSError)
-    return (hub_errors.HfHubHTTPError, httpx.HTTPError, OSError)
-
-
-_NETWORK_ERRORS = _network_errors()
+#: What can go wrong on the way to the hub. Its client has changed HTTP libraries several times; the base classes of its own
+#: error are that library's, which connection failures derive from.
+_NETWORK_ERRORS: tuple[type[BaseException], ...] = (
+    hub_errors.HfHubHTTPError,
+    *(base for base in hub_errors.HfHubHTTPError.__bases__ if base not in (Exception, BaseException)),
+    OSError,
+)
+_PUBLISHING_ERRORS: tuple[type[BaseException], ...] = (*_NETWORK_ERRORS, hub_errors.HFValidationError)
 
 
 class PretrainedModel(LoadableModule, ModelHubMixin, library_name="rxt-kernels", tags=["reactive-transformer"]):
@@ -79,7 +77,8 @@ class PretrainedModel(LoadableModule, ModelHubMixin, library_name="rxt-kernels",
 
         Args:
             pretrained_model_name_or_path: a local directory, which wins, or a hub id such as ``"owner/name"``.
-            tokenizer: for full models, a tokenizer; None loads `tokenizer.json` from the same place if there is one.
+            tokenizer: for full models, a tokenizer; None loads `tokenizer.json` from the same place if there is one, and
+                False loads none.
             rope_layout: where rotated pairs are written (spec section 2.2). ``"auto"`` takes it from the file's
                 metadata, or from its era, with a warning where the era is not certain.
             rope_angle_dtype: ``"float32"``, or ``"match"`` to round rotary angles to the model's type, as models trained
@@ -88,7 +87,8 @@ class PretrainedModel(LoadableModule, ModelHubMixin, library_name="rxt-kernels",
                 section 2.5). None takes the file's own value, else ``"mask"``.
             memory_attention_variant: overrides the variant where the tensors allow more than one (spec section 2.12).
             dtype: floating point type to convert to; None keeps the file's.
-            device: where to put the weights; None is torch's default device.
+            device: where to put the weights; None is torch's default device. "meta" checks the files and builds the
+                model without reading any weights.
             revision: branch, tag or commit on the hub.
             token: hub access token, or True for the stored one.
             cache_dir: where downloads are kept.
@@ -117,10 +117,11 @@ class PretrainedModel(LoadableModule, ModelHubMixin, library_name="rxt-kernels",
         )
         options.check()
         is_full = cls.component in ("rxt_alpha", "rxt_beta")
-        if tokenizer is not None and not is_full:
+        if tokenizer is not None and tokenizer is not False and not is_full:
             raise TypeError(f"tokenizer is given, and {cls.__name__} is a component, which has none: leave it out.")
         names = [CONFIG_NAME, WEIGHTS_NAME]
         optional = [_TOKENIZER_NAME] if is_full and tokenizer is None else []
+        tokenizer = None if tokenizer is False else tokenizer
         directory = _local_directory(pretrained_model_name_or_path)
         if directory is None:
             directory = _download(
@@ -221,7 +222,7 @@ class PretrainedModel(LoadableModule, ModelHubMixin, library_name="rxt-kernels",
                     revision=branch,
                     create_pr=create_pr,
                 )
-        except (*_NETWORK_ERRORS, hub_errors.HFValidationError) as error:
+        except _PUBLISHING_ERRORS as error:
             raise CheckpointError(f"{repo_id}: the model cannot be published there ({_first_line(error)}).") from error
         return str(commit)
 
@@ -294,6 +295,8 @@ def _download(
             raise CheckpointError(f"{hub_id}{at}: {name} cannot be downloaded ({_first_line(error)}).") from error
         if name in names:
             directory = Path(path).parent
+    if not all((directory / name).is_file() for name in names):
+        raise CheckpointError(f"{hub_id}{at}: the hub repository changed while it was downloaded; try again.")
     return directory
 
 
@@ -304,7 +307,7 @@ def _load_tokenizer(path: Path) -> Any:
         return Tokenizer.from_file(path)
     except (ValueError, OSError) as error:
         raise CheckpointError(
-            f"{path}: the tokenizer cannot be loaded ({error}) Pass tokenizer= to use another one."
+            f"{path}: the tokenizer cannot be loaded ({error}) Pass tokenizer= to use another one, or False for none."
         ) from error
 
 

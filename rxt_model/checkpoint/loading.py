@@ -77,11 +77,18 @@ def load_model(
         model = _build(cls, resolved, directory / CONFIG_NAME, tokenizer)
         _check_keys(model, sources, weights)
         device = torch.get_default_device() if options.device is None else options.device
-        tensors = {key: weights.read(sources[key]).to(device=device, dtype=options.dtype) for key in model.state_dict()}
+        tensors = {key: _read(weights, sources[key], device, options.dtype) for key in model.state_dict()}
     model.load_state_dict(tensors, strict=True, assign=True)
     _reset_buffers(model, device)
     model._after_load()
     return model.eval(), notes
+
+
+def _read(weights: SafetensorsFile, name: str, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    if device.type == "meta":  # the file has been checked as far as its header goes; its data is not needed
+        entry = weights.entries[name]
+        return torch.empty(entry.shape, dtype=dtype or entry.dtype, device=device)
+    return weights.read(name).to(device=device, dtype=dtype)
 
 
 def find_weights(directory: Path) -> Path:
