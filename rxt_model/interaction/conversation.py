@@ -224,6 +224,7 @@ class Conversation(TextInterface):
             raise ValueError(
                 "batch_size is None; set_batch_mode(True, batch_size=...) needs the number of conversations."
             )
+        self.stm.check_batch_size(batch_size)
         self._settle()
         self.stm.set_batch_size(batch_size)
 

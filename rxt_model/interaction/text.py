@@ -186,8 +186,21 @@ class TextInterface:
         ]
 
     def stringify_batch(self, input_ids: Tensor, attention_mask: Tensor) -> list[str]:
-        """Whole texts of (B, T) ids where the (B, T) mask is True, control tokens left out."""
+        """Whole texts of (B, T) ids where the (B, T) mask is True, control tokens left out.
+
+        Raises:
+            TypeError, ValueError: no tokenizer, or ids and mask that are no integer tensors of one shape.
+        """
         tokenizer = self._require_tokenizer()
+        for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+            if not isinstance(value, Tensor) or value.is_floating_point():
+                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"{name} is of type {kind}; it must be a tensor of integers or bool.")
+        if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)} and attention_mask {tuple(attention_mask.shape)}; both must "
+                "be (batch, time)."
+            )
         return [
             tokenizer.decode(row[mask.bool()].tolist(), skip_special_tokens=True)
             for row, mask in zip(input_ids, attention_mask, strict=True)

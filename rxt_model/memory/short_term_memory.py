@@ -106,15 +106,18 @@ class ShortTermMemory(nn.Module):
         Raises:
             ValueError: the memory holds several conversations and a different number is asked for.
         """
+        self.check_batch_size(batch_size)
+        if batch_size != self.batch_size:
+            self.memory = self.memory.expand(-1, batch_size, -1, -1).contiguous()
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Refuse what :meth:`set_batch_size` would refuse, changing nothing."""
         _require_count("batch_size", batch_size)
-        if batch_size == self.batch_size:
-            return
-        if self.batch_size != 1:
+        if self.batch_size not in (1, batch_size):
             raise ValueError(
                 f"the memory holds {self.batch_size} conversations and batch_size is {batch_size}; only a single "
                 "conversation can be copied to several. Call reset(batch_size=...) to start anew, or average()."
             )
-        self.memory = self.memory.expand(-1, batch_size, -1, -1).contiguous()
 
     @no_gradients()
     def average(self) -> None:
