@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes those of the process.
 
     Example:
-        >>> main(["--version"])
+        >>> main(["--version"])  # doctest: +ELLIPSIS
         rxt-kernels ...
         0
     """

@@ -30,7 +30,9 @@ def run(options: argparse.Namespace) -> int:
     benchmarks = known_benchmarks()
     if options.name is not None:
         if options.json:
-            raise UserError(f"bench: --json stands in front of {options.name}; put the benchmark's own arguments behind it.")
+            raise UserError(
+                f"bench: --json stands in front of {options.name}; put the benchmark's own arguments behind it."
+            )
         return run_benchmark(options.name, options.arguments)
     if options.json:
         print(json.dumps(benchmarks, indent=2))
@@ -55,7 +57,10 @@ def run_benchmark(name: str, arguments: list[str]) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    return int(module.run(parser.parse_args(arguments)))
+    try:
+        return int(module.run(parser.parse_args(arguments)))
+    except ImportError as error:  # a package that only some arguments need
+        raise UserError(f"bench {name}: {error}") from error
 
 
 def load_benchmark(name: str) -> ModuleType:

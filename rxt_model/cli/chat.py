@@ -35,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``rxt chat``."""
     parser.epilog = _EPILOG
     parser.add_argument(
-        "--model", default="demo", metavar="PATH|HUB_ID|demo", help="a directory, a hub id, or the shipped model (default)"
+        "--model",
+        default="demo",
+        metavar="PATH|HUB_ID|demo",
+        help="a directory, a hub id, or the shipped model (default)",
     )
     parser.add_argument("--load", type=existing_file, metavar="FILE", help="continue a saved conversation")
     parser.add_argument(
@@ -54,10 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-seq-len", type=integer(4), metavar="N", help="most tokens of message and answer (default: the model's)"
     )
-    parser.add_argument("--thinking-mode", choices=("auto", "fast", "extended"), help="RxT-Beta: whether to think first")
+    parser.add_argument(
+        "--thinking-mode", choices=("auto", "fast", "extended"), help="RxT-Beta: whether to think first"
+    )
     parser.add_argument("--device", metavar="DEVICE", help="torch device, such as cuda (default: cpu)")
     parser.add_argument(
-        "--rope-layout", choices=("auto", "split", "interleaved"), default="auto", help="rotary layout of an old checkpoint"
+        "--rope-layout",
+        choices=("auto", "split", "interleaved"),
+        default="auto",
+        help="rotary layout of an old checkpoint",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a turn instead of streamed text")
 
@@ -79,7 +87,9 @@ def _settings(options: argparse.Namespace) -> Settings:
 
     for name, value in (("--top-k", options.top_k), ("--top-p", options.top_p)):
         if value is not None and options.temperature == 0:
-            raise UserError(f"{name} is given and --temperature is 0, which is greedy; set --temperature above 0 to draw.")
+            raise UserError(
+                f"{name} is given and --temperature is 0, which is greedy; set --temperature above 0 to draw."
+            )
     if options.system_prompt is not None and options.load is not None:
         raise UserError("--system-prompt begins a conversation and --load continues one; leave one of them out.")
     if options.overwrite and options.save is None:

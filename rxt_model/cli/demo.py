@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``rxt demo``."""
     parser.epilog = _EPILOG
     parser.add_argument(
-        "--model", default="demo", metavar="PATH|HUB_ID|demo", help="a model of the demo's kind (default: the shipped one)"
+        "--model",
+        default="demo",
+        metavar="PATH|HUB_ID|demo",
+        help="a model of the demo's kind (default: the shipped one)",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("runs"), metavar="DIR", help="where the measurement and its plot go (runs)"
@@ -121,17 +124,11 @@ def _measure(output: Path) -> int:
     """The short version of ``rxt bench scaling``."""
     from rxt_model.cli.bench import run_benchmark
 
+    print("What such a conversation costs, beside a language model without memory (about a minute):\n", flush=True)
     output.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    try:
-        return run_benchmark("scaling", [*_SHORT, *_files(output)])
-    except UserError as error:
-        tell(f"rxt: the scaling measurement is left out: {error}")
-        return 0
-
-
-_SHORT: tuple[str, ...] = ()
-
-
-def _files(output: Path) -> list[str]:
-    return ["--json", str(output / "demo-scaling.json"), "--plot", str(output / "demo-scaling.png")]
+    arguments = ["--short", "--json", str(output / "demo-scaling.json")]
+    if importlib.util.find_spec("matplotlib") is None:
+        tell("rxt: there will be no plot, because matplotlib is not installed; pip install 'rxt-kernels[plot]'.")
+    else:
+        arguments += ["--plot", str(output / "demo-scaling.png")]
+    return run_benchmark("scaling", arguments)

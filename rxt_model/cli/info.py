@@ -25,7 +25,9 @@ shipped model. PATH is a directory with config.json and model.safetensors, or a 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``rxt info``."""
     parser.epilog = _EPILOG
-    parser.add_argument("name", nargs="?", metavar="PRESET|PATH", help="what to look into; left out, presets are listed")
+    parser.add_argument(
+        "name", nargs="?", metavar="PRESET|PATH", help="what to look into; left out, presets are listed"
+    )
     parser.add_argument("--keys", action="store_true", help="list every tensor of a checkpoint")
     parser.add_argument("--json", action="store_true", help="print JSON (the tensors of a checkpoint included)")
 

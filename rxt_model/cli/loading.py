@@ -27,8 +27,6 @@ COMPONENT_NAMES: Mapping[str, str] = {
 }
 """What each kind of checkpoint is called."""
 
-_BETA_TOKENS = ("think_token_id", "tool_call_token_id", "tool_use_token_id", "internal_token_id")
-
 
 def checkpoint_directory(name: str, *, local_files_only: bool = False) -> Path:
     """The directory with ``config.json`` and ``model.safetensors`` that a name means; hub ids are downloaded.
@@ -92,10 +90,10 @@ def _component_by_names(names: list[str], config: Mapping[str, Any]) -> Componen
         return any(part in name for name in names)
 
     if any(name.startswith("memory_attention.model.") for name in names):
-        tokens = config.get("tokenizer_config") or {}
-        # The first RxT-Beta files name no variant, later ones a system prompt and tokens for thoughts (spec 3.1).
+        # The first RxT-Beta files name no variant, later ones a title of system prompts; RxT-Alpha is the opposite in both
+        # (spec 3.1).
         is_beta = "system_prompt_title" in config or "memory_attention_variant" not in config
-        return "rxt_beta" if is_beta or any(tokens.get(name) is not None for name in _BETA_TOKENS) else "rxt_alpha"
+        return "rxt_beta" if is_beta else "rxt_alpha"
     if some("model.attention_layers."):
         return "memory_attention"
     if "dense.weight" in names and "decoder.weight" in names:

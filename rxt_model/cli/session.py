@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "ChatSession", "Settings"]
 
 
+_CONTROL_CHARACTERS = dict.fromkeys(
+    {*range(0x20), *range(0x7F, 0xA0)} - {*map(ord, "\n\t")}, "\N{REPLACEMENT CHARACTER}"
+)
+
+
 @dataclass(frozen=True)
 class Settings:
     """How answers are made; see ``Conversation.interact``.
@@ -261,7 +266,8 @@ class ChatSession:
 
     def _write(self, text: str) -> None:
         if self._output is not None:
-            self._output.write(text)
+            # A model can say any byte; none of them shall move the cursor or rename the window.
+            self._output.write(text.translate(_CONTROL_CHARACTERS) if self._output.isatty() else text)
             self._output.flush()
 
     def _finish(self, stream: Iterator[int], parts: _Parts, result: Answer, message: str, stopped: bool) -> None:
