@@ -24,6 +24,14 @@ from rxt_model.files import atomic_path
 FORMAT = "rxt-conversation-state"
 FORMAT_VERSION = 1
 _SAMPLES_PER_TENSOR = 64
+_COMPONENTS = ("decoder", "encoder", "memory_attention")
+#: Fields that no shape of a weight shows. How positions are rounded and pads are treated is left out: a memory that was
+#: written with the one can be read with the other.
+_BEHAVIOUR = (
+    "att_heads", "rope_base", "rope_layout", "use_nope", "ff_activation", "use_gated", "moe_top_k",
+    "moe_use_weighted_shared_experts", "gated_attention_activation", "reads_memory", "variant", "num_groups", "norm_type",
+    "disable_residual", "use_tanh_residual_gate",
+)  # fmt: skip
 
 
 class StateError(ValueError):
@@ -48,12 +56,18 @@ class ConversationState:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A hash over names, shapes and samples of all weights, equal on another device and for a bfloat16 copy.
+    """A hash over all weights and what is computed with them, equal on another device and for a bfloat16 copy.
+
+    Names and shapes are hashed, and the fields of the configuration that change a result although they change no weight.
 
     Values are sampled (64 per tensor and more, after rounding to bfloat16), so that fingerprinting a large model takes
     milliseconds. A float16 copy is another model: its values were rounded in another way.
     """
     digest = hashlib.sha256()
+    for component in _COMPONENTS:
+        config = getattr(getattr(model, component, None), "config", None)
+        behaviour = {name: getattr(config, name) for name in _BEHAVIOUR if hasattr(config, name)}
+        digest.update(json.dumps([component, behaviour]).encode())
     for name, parameter in model.named_parameters(remove_duplicate=True):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         flat = parameter.detach().reshape(-1)

@@ -40,6 +40,8 @@ class InteractionTemplate:
         self._tokenizer = tokenizer
 
     def _part(self, token_id: int | None, role: str, text: str | None) -> list[int]:
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"the {role} part is of type {type(text).__name__}; it must be a string, or None.")
         if not text:
             return []
         return [required(token_id, role), *self._tokenizer.encode_ordinary(text)]
