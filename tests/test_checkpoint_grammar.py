@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +99,13 @@ def test_models_without_positions_have_no_tables() -> None:
 def test_second_attentions_rotate_nothing() -> None:
     tables = [key for key in _grammar("memory-gated-self-interlayer-linear").shapes if "rope" in key]
     assert tables == ["model.attention_layers.0.rope.cache", "model.attention_layers.0.rope.inv_freq"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["presets", *(f"checkpoint.{part}" for part in (
+        "convert", "era", "errors", "fields", "grammar", "hub", "inference", "loading", "reader", "saving", "writer"
+    ))],
+)  # fmt: skip
+def test_examples_in_docstrings(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(f"rxt_model.{name}")).failed == 0

@@ -38,18 +38,17 @@ _PUBLISHING_ERRORS: tuple[type[BaseException], ...] = (*_NETWORK_ERRORS, hub_err
 class PretrainedModel(LoadableModule, ModelHubMixin, library_name="rxt-kernels", tags=["reactive-transformer"]):
     """Base class of everything that is loaded from, saved to, and published as a checkpoint.
 
-        A checkpoint is a directory, or a repository on the Hugging Face hub, with `config.json` and `model.safetensors`. What
-        a subclass provides is described in `rxt_model.checkpoint.protocol`.
+    A checkpoint is a directory, or a repository on the Hugging Face hub, with `config.json` and `model.safetensors`. What
+    a subclass provides is described in `rxt_model.checkpoint.protocol`.
 
-        Example:
-            >>> import tempfile
-    import warnings
-            >>> from rxt_model.config import MLMHeadConfig
-            >>> from rxt_model.heads import MLMHead
-            >>> directory = tempfile.mkdtemp()
-            >>> MLMHead(MLMHeadConfig(embed_dim=4, vocab_size=6)).save_pretrained(directory)
-            >>> MLMHead.from_pretrained(directory).config
-            MLMHeadConfig(embed_dim=4, vocab_size=6)
+    Example:
+        >>> import tempfile
+        >>> from rxt_model.config import MLMHeadConfig
+        >>> from rxt_model.heads import MLMHead
+        >>> directory = tempfile.mkdtemp()
+        >>> MLMHead(MLMHeadConfig(embed_dim=4, vocab_size=6)).save_pretrained(directory)
+        >>> MLMHead.from_pretrained(directory).config
+        MLMHeadConfig(embed_dim=4, vocab_size=6)
     """
 
     @classmethod
