@@ -221,7 +221,8 @@ def _say_overtaking(axes: Any, results: Results, theme: Theme, panel: Panel) -> 
             continue
         turn, other = found["turn"], _SHORT[found["against"]]
         if turn is None:
-            notes.append(f"behind {other}")
+            words = {"ahead": f"ahead of {other} at the end", "level": f"level with {other}", "behind": f"behind {other}"}
+            notes.append(words[found["verdict"]])
         elif turn == 1:
             notes.append(f"ahead of {other} throughout")
         else:
@@ -231,7 +232,7 @@ def _say_overtaking(axes: Any, results: Results, theme: Theme, panel: Panel) -> 
                 [turn], [height], marker="o", markersize=9, markerfacecolor=theme.background, linestyle="none",
                 markeredgecolor=theme.series["rxt"], markeredgewidth=2.2, zorder=5, clip_on=False,
             )  # fmt: skip
-    axes.text(0, 1.045, "RxT: " + ", ".join(notes), transform=axes.transAxes, color=theme.text, fontsize=10.5)
+    axes.text(0, 1.045, "RxT: " + ", ".join(notes), transform=axes.transAxes, color=theme.text, fontsize=10)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -405,7 +405,8 @@ def test_report_finds_what_was_put_in() -> None:
     assert turn["state_bytes", "stateless-reread"] is None
     report = scaling_report.text_report(result, made)
     assert "RxT overtakes the LLM that re-reads its history at turn 11" in report
-    assert "RxT does not overtake the LLM that keeps its KV cache within 64 turns; at turn 64 it takes 1.11 times" in report
+    assert "RxT does not overtake the LLM that keeps its KV cache within 64 turns; at turn 64 it takes" in report
+    assert "over the last 8 of 64 turns it takes 1.11 times as long (at turn 1 it takes 1.11 times as long)." in report
 
 
 def test_report_of_a_few_turns_says_less() -> None:
