@@ -132,7 +132,7 @@ def refusal(kind: type[Exception], *named: str):  # type: ignore[no-untyped-def]
         assert name in message, f"{name!r} is not named in: {message}"
     assert message.endswith("."), message
     assert "\n" not in message, message
-    assert 20 < len(message) < 700, message
+    assert 20 < len(message) < 1200, message
 
 
 def count_updates(model: RxTAlpha | RxTBeta) -> list[Tensor]:
