@@ -380,7 +380,7 @@ class MemoryAttentionConfig(_Config):
         self._require_choice("rope_layout", ("split", "interleaved"))
         self._require_choice("rope_angle_dtype", ("float32", "match"))
         self._require_choice("padding", ("mask", "dilute"))
-        self._require_probability("att_dropout")
+        self._require_probability("att_dropout", "context_att_dropout")
         self._require_probability(
             *(n for n in ("interlayer_att_dropout", "self_att_dropout") if getattr(self, n) is not None)
         )

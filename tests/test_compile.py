@@ -212,7 +212,8 @@ def test_refusals_reach_the_caller_of_a_compiled_function() -> None:
 @pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "sigmoid", "linear"])
 @pytest.mark.parametrize("gated", [True, False])
-def test_routed_experts_operation(stacked: bool, activation: str, gated: bool) -> None:
+@pytest.mark.parametrize("dropped", [False, True])
+def test_routed_experts_operation(stacked: bool, activation: str, gated: bool, dropped: bool) -> None:
     """opcheck of the opaque operation, and its gradient against that of the plain reference."""
     width = 6
     w1 = torch.randn(EXPERTS, 3, 2 * width if gated else width, dtype=torch.float64)
@@ -229,11 +230,12 @@ def test_routed_experts_operation(stacked: bool, activation: str, gated: bool) -
 
     parameters = lists(w1, w2, b1, b2)
     leaves = [x.requires_grad_(), weights.requires_grad_(), *(t for own in parameters for t in own)]
-    arguments = (x, weights, chosen, *parameters, stacked, activation, gated)
+    scale = 2.0 * torch.randint(0, 2, (5, 2, width)).double() if dropped else None
+    arguments = (x, weights, chosen, *parameters, scale, stacked, activation, gated)
     torch.library.opcheck(library.routed_experts, arguments)
     actual = library.routed_experts(*arguments)
     experts = library._experts(*parameters, stacked, activation, gated)  # type: ignore[arg-type]
-    expected = library.routed_experts_reference(x, weights, chosen, experts)
+    expected = library.routed_experts_reference(x, weights, chosen, experts, scale)
     torch.testing.assert_close(actual, expected)
     gradients = torch.autograd.grad(actual.square().sum(), leaves)
     for one, two in zip(
@@ -247,7 +249,7 @@ def test_routed_experts_operation_with_few_tokens(tokens: int) -> None:
     x = torch.randn(tokens, DIM, requires_grad=True)
     weights, chosen = torch.rand(tokens, 2), torch.zeros(tokens, 2, dtype=torch.int64)
     chosen[:, 1:] = 1
-    out = library.routed_experts(x, weights, chosen, [W1], [W2], [], [], True, "silu", True)
+    out = library.routed_experts(x, weights, chosen, [W1], [W2], [], [], None, True, "silu", True)
     assert out.shape == (tokens, DIM)
     out.sum().backward()
     assert x.grad is not None

@@ -236,6 +236,30 @@ def test_accumulation_order_is_what_was_asked_for() -> None:
         assert by_probability != by_index
 
 
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("shared_experts", [0, 1, 2])
+def test_dropout(tokens: int, shared_experts: int) -> None:
+    """Every hidden unit of every choice is dropped alone, and the mean over many draws is the layer without dropout."""
+    torch.manual_seed(3)
+    dim, width = 4, 6
+    x, router = torch.randn(tokens, dim), torch.randn(3, dim)
+    w1, w2 = torch.randn(3, dim, 2 * width), torch.randn(3, width, dim)
+    shared = None
+    if shared_experts:
+        shared = SharedExperts(
+            torch.randn(shared_experts, dim, 2 * width),
+            torch.randn(shared_experts, width, dim),
+            gate_weight=torch.randn(2, dim) if shared_experts == 2 else None,
+        )
+    whole = mixture_of_experts(x, router, w1, w2, top_k=2, shared=shared).output
+    draws = torch.stack(
+        [mixture_of_experts(x, router, w1, w2, top_k=2, shared=shared, dropout=0.3).output for _ in range(3000)]
+    )
+    assert len(torch.unique(draws[:, 0], dim=0)) > 500  # units, not whole experts, are dropped
+    error = draws.std(dim=0) / math.sqrt(len(draws))
+    assert ((draws.mean(dim=0) - whole).abs() < 5 * error).all()
+
+
 def test_no_token() -> None:
     out = run(torch.randn(0, 6), parameters())
     assert out.output.shape == (0, 6)
@@ -398,6 +422,7 @@ def with_(x: Tensor = X, base: dict[str, Any] = P, **changes: Any) -> Any:
         (with_(activation="tanh"), ValueError, "activation is 'tanh'"),
         (with_(accumulation="any"), ValueError, "accumulation is 'any'"),
         (with_(router_dtype=torch.int64), ValueError, "router_dtype is torch.int64"),
+        (with_(dropout=1.0), ValueError, "dropout is 1.0"),
         (with_(shared=(1, 2)), TypeError, "shared is tuple"),
         (with_(shared=SHARED._replace(gate_weight=None)), ValueError, "shared.gate_weight is None"),
         (

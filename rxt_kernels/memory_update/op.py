@@ -210,6 +210,7 @@ def memory_update(
     rotary_layout: str = "interleaved",
     padding: str = "mask",
     attention_dropout: float = 0.0,
+    context_attention_dropout: float = 0.0,
     training: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -227,7 +228,8 @@ def memory_update(
         rotary_layout: "interleaved" or "split"; it matters, because only the keys are rotated.
         padding: "mask" hides padded positions from the softmax; "dilute" zeroes them but lets them take their share, as
             the upstream library does with flash attention (specification 2.5).
-        attention_dropout: probability of dropping an attention weight in training.
+        attention_dropout: probability of dropping an attention weight of the main step in training.
+        context_attention_dropout: the same for the context attention.
         training: apply dropout, update running means.
         backend: "auto", "reference", "triton" or "native".
 
@@ -281,9 +283,10 @@ def memory_update(
     if padding not in PADDINGS:
         refuse_value("padding", padding, _names(PADDINGS))
     probability("attention_dropout", attention_dropout)
+    probability("context_attention_dropout", context_attention_dropout)
     arguments = (
         memory, encoded, layers, variant, mean_norm, groups, key_mask, key_angles, rotary_layout, padding,
-        attention_dropout, training,
+        attention_dropout, context_attention_dropout, training,
     )  # fmt: skip
     return _MEMORY_UPDATE.select(backend, *arguments)(*arguments)
 

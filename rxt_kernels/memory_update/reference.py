@@ -142,6 +142,7 @@ def memory_update_reference(
     rotary_layout: str = "interleaved",
     padding: str = "mask",
     attention_dropout: float = 0.0,
+    context_attention_dropout: float = 0.0,
     training: bool = False,
 ) -> Tensor:
     """memory (L, 1 | B, S, D), encoded (L, B, T, D) -> new memory (L, B, S, D).
@@ -152,6 +153,7 @@ def memory_update_reference(
     number_of_layers, batch = encoded.shape[0], encoded.shape[1]
     memory = memory.expand(-1, batch, -1, -1)
     dropout = attention_dropout if training else 0.0
+    context_dropout = context_attention_dropout if training else 0.0
     attention_mask = key_mask
     if key_mask is not None and padding == "dilute":
         # where and not a product: whatever the padded rows hold, also NaN, is gone.
@@ -182,7 +184,7 @@ def memory_update_reference(
                 if variant != "interlayer":
                     assert layer.interlayer_gate is not None
                     context = residual_gate_reference(own, context, layer.interlayer_gate)
-            read = attention_reference(layer.context_attention, own, context, dropout=dropout)
+            read = attention_reference(layer.context_attention, own, context, dropout=context_dropout)
             state = residual_gate_reference(state, read, layer.context_gate)
         written = attention_reference(
             layer.attention,

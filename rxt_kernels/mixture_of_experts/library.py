@@ -24,7 +24,7 @@ from rxt_kernels.mixture_of_experts.reference import (
 
 _ARGUMENTS = (
     "Tensor x, Tensor routing_weights, Tensor chosen, Tensor[] w1, Tensor[] w2, Tensor[] b1, Tensor[] b2, "
-    "bool stacked, str activation, bool gated"
+    "Tensor? hidden_scale, bool stacked, str activation, bool gated"
 )
 
 
@@ -64,12 +64,13 @@ def routed_experts(
     w2: Sequence[Tensor],
     b1: Sequence[Tensor],
     b2: Sequence[Tensor],
+    hidden_scale: Tensor | None,
     stacked: bool,
     activation: str,
     gated: bool,
 ) -> Tensor:
     experts = _experts(w1, w2, b1, b2, stacked, activation, gated)
-    out = routed_experts_reference(x, routing_weights, chosen, experts)
+    out = routed_experts_reference(x, routing_weights, chosen, experts, hidden_scale)
     # An operation may not return its own input, which the reference does for no token at all.
     return out.clone() if chosen.shape[0] == 0 else out
 
@@ -91,6 +92,7 @@ def routed_experts_backward(
     w2: Sequence[Tensor],
     b1: Sequence[Tensor],
     b2: Sequence[Tensor],
+    hidden_scale: Tensor | None,
     stacked: bool,
     activation: str,
     gated: bool,
@@ -104,6 +106,7 @@ def routed_experts_backward(
     incoming = gradient.index_select(0, token)
     weighted = (incoming * routing_weights.flatten()[order, None]).to(x.dtype).split(sizes)
     incoming_groups = incoming.split(sizes)
+    scales = None if hidden_scale is None else hidden_scale.flatten(0, 1).index_select(0, order).split(sizes)
 
     parameters = [torch.zeros_like(tensor) for tensor in (*w1, *w2, *b1, *b2)]
     slots = _slots(parameters, (len(w1), len(w2), len(b1), len(b2)), stacked)
@@ -123,6 +126,8 @@ def routed_experts_backward(
             hidden = linear * active
         else:
             hidden = ACTIVATIONS[activation](before)
+        if scales is not None:
+            hidden = hidden * scales[number]
         output = hidden @ second
         if experts.b2 is not None:
             output = output + experts.b2[number]
@@ -130,6 +135,8 @@ def routed_experts_backward(
 
         output_gradient = weighted[number]
         hidden_gradient = output_gradient @ second.t()
+        if scales is not None:
+            hidden_gradient = hidden_gradient * scales[number]
         if gated:
             gate_gradient = _ACTIVATION_GRADIENTS[activation](hidden_gradient * linear, gate)
             before_gradient = torch.cat((hidden_gradient * active, gate_gradient), dim=-1)
@@ -169,14 +176,14 @@ def _(gradient: Tensor, x: Tensor, routing_weights: Tensor, chosen: Tensor, *lis
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, routing_weights, chosen, w1, w2, b1, b2, stacked, activation, gated = inputs
-    ctx.save_for_backward(x, routing_weights, chosen, *w1, *w2, *b1, *b2)
+    x, routing_weights, chosen, w1, w2, b1, b2, hidden_scale, stacked, activation, gated = inputs
+    ctx.save_for_backward(x, routing_weights, chosen, hidden_scale, *w1, *w2, *b1, *b2)
     ctx.lengths = (len(w1), len(w2), len(b1), len(b2))
     ctx.options = (stacked, activation, gated)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    x, routing_weights, chosen, *rest = ctx.saved_tensors
+    x, routing_weights, chosen, hidden_scale, *rest = ctx.saved_tensors
 
     def lists(tensors: list[Tensor]) -> list[list[Tensor]]:
         parts, start = [], 0
@@ -186,9 +193,9 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         return parts
 
     x_gradient, weights_gradient, *others = routed_experts_backward(
-        gradient, x, routing_weights, chosen, *lists(rest), *ctx.options
+        gradient, x, routing_weights, chosen, *lists(rest), hidden_scale, *ctx.options
     )
-    return (x_gradient, weights_gradient, None, *lists(others), None, None, None)
+    return (x_gradient, weights_gradient, None, *lists(others), None, None, None, None)
 
 
 routed_experts.register_autograd(_backward, setup_context=_setup_context)
@@ -202,6 +209,7 @@ def routed_experts_in_graph(
     w2: ExpertTensors,
     b1: ExpertTensors | None,
     b2: ExpertTensors | None,
+    hidden_scale: Tensor | None,
     activation: str,
     gated: bool,
 ) -> Tensor:
@@ -220,6 +228,7 @@ def routed_experts_in_graph(
         as_list(w2),
         as_list(b1),
         as_list(b2),
+        hidden_scale,
         isinstance(w1, Tensor),
         activation,
         gated,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rxt_kernels.checks import FLOATING, alike, floating, refuse_shape, refuse_type, refuse_value
+from rxt_kernels.checks import FLOATING, alike, floating, probability, refuse_shape, refuse_type, refuse_value
 from rxt_kernels.dispatch import Operation
 from rxt_kernels.mixture_of_experts.reference import (
     ACCUMULATIONS,
@@ -189,6 +189,7 @@ def mixture_of_experts(
     shared: SharedExperts | None = None,
     router_dtype: torch.dtype | None = None,
     accumulation: str = "descending_probability",
+    dropout: float = 0.0,
     backend: str = "auto",
 ) -> MixtureOfExpertsOutput:
     """Sparse feed-forward layer: each token goes through its top_k experts (specification 2.8).
@@ -207,6 +208,7 @@ def mixture_of_experts(
         shared: experts that every token goes through.
         router_dtype: dtype of the router logits; None is that of x.
         accumulation: "descending_probability" or "expert_index", the order in which a token's experts are summed.
+        dropout: probability of dropping a hidden unit of a routed or shared expert; pass 0 outside of training.
         backend: "auto", "reference", "triton" or "native". The reference reads the group sizes on the host.
 
     Returns:
@@ -231,7 +233,8 @@ def mixture_of_experts(
         _check_shared(x, shared, gated)
     if accumulation not in ACCUMULATIONS:
         refuse_value("accumulation", accumulation, "'descending_probability' or 'expert_index'")
+    probability("dropout", dropout)
     arguments = (
-        x, router_weight, w1, w2, top_k, b1, b2, global_bias, activation, gated, shared, router_dtype, accumulation,
+        x, router_weight, w1, w2, top_k, b1, b2, global_bias, activation, gated, shared, router_dtype, accumulation, dropout,
     )  # fmt: skip
     return _MIXTURE_OF_EXPERTS.select(backend, *arguments)(*arguments)

@@ -3,7 +3,7 @@
 Routing: ``p = softmax(x Wg^T)`` over all E experts; the K largest are kept and renormalised,
 ``w = p / (sum p + 1e-9)``. No capacity limit, no dropped token.
 
-    expert_e(x) = (l * act(g)) W2_e + b2_e    with [l, g] = x W1_e + b1_e          (not gated: act(x W1_e + b1_e))
+    expert_e(x) = dropout(l * act(g)) W2_e + b2_e    with [l, g] = x W1_e + b1_e   (not gated: act(x W1_e + b1_e))
     routed(x)   = sum over the K chosen experts of w_k * expert_k(x)
     shared(x)   = expert(x) for one shared expert, sum_j softmax(x Ws^T)_j * expert_j(x) for n > 1, + its global bias
     output      = routed + shared, or routed * K / (K + n) + shared * n / (K + n) if weighted; + global bias, unscaled
@@ -93,16 +93,33 @@ def load_balance_loss_reference(probabilities: Tensor, number_of_experts: int) -
 
 
 def expert_reference(
-    x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, activation: str, gated: bool
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    activation: str,
+    gated: bool,
+    hidden_scale: Tensor | None = None,
 ) -> Tensor:
-    """One feed-forward network: x (N, D), w1 (2F or F, D), w2 (D, F) -> (N, D)."""
+    """One feed-forward network: x (N, D), w1 (2F or F, D), w2 (D, F), hidden_scale (N, F) -> (N, D)."""
     hidden = F.linear(x, w1, b1)
     if gated:
         linear, gate = hidden.chunk(2, dim=-1)
         hidden = linear * ACTIVATIONS[activation](gate)
     else:
         hidden = ACTIVATIONS[activation](hidden)
+    if hidden_scale is not None:
+        hidden = hidden * hidden_scale
     return F.linear(hidden, w2, b2)
+
+
+def dropout_scale(x: Tensor, columns: int, width: int, dropout: float) -> Tensor | None:
+    """Dropout of hidden units as the factor they are multiplied with: x (N, D) -> (N, columns, width) of 0 or 1 / (1 - p).
+
+    Drawn apart from the experts, so that an opaque operation gives the same result forward and backward.
+    """
+    return F.dropout(x.new_ones(x.shape[0], columns, width), dropout) if dropout else None
 
 
 class Experts(NamedTuple):
@@ -117,7 +134,13 @@ class Experts(NamedTuple):
     activation: str
     gated: bool
 
-    def __call__(self, x: Tensor, expert: int) -> Tensor:
+    @property
+    def hidden_width(self) -> int:
+        """F, the width between the two matrices."""
+        second = self.w2[0]
+        return second.shape[0 if self.transposed else 1]
+
+    def __call__(self, x: Tensor, expert: int, hidden_scale: Tensor | None = None) -> Tensor:
         w1, w2 = self.w1[expert], self.w2[expert]
         return expert_reference(
             x,
@@ -127,6 +150,7 @@ class Experts(NamedTuple):
             None if self.b2 is None else self.b2[expert],
             self.activation,
             self.gated,
+            hidden_scale,
         )
 
 
@@ -161,8 +185,12 @@ def group_by_expert(chosen: Tensor, number_of_experts: int) -> tuple[Tensor, Ten
     return order, back, torch.bincount(flat, minlength=number_of_experts).tolist()
 
 
-def routed_experts_reference(x: Tensor, routing_weights: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
+def routed_experts_reference(
+    x: Tensor, routing_weights: Tensor, chosen: Tensor, experts: Experts, hidden_scale: Tensor | None = None
+) -> Tensor:
     """x (N, D), routing_weights and chosen (N, K) -> sum_k routing_weights[:, k] * expert_{chosen[:, k]}(x), (N, D).
+
+    hidden_scale (N, K, F) multiplies the hidden units of each choice; it is how dropout comes in.
 
     Tokens are grouped by expert, so that each expert that has tokens runs once; the host reads the group sizes. The sum
     runs over the columns from first to last. The result has the dtype of the weights, float32 or wider.
@@ -170,12 +198,15 @@ def routed_experts_reference(x: Tensor, routing_weights: Tensor, chosen: Tensor,
     tokens, top_k = chosen.shape
     if tokens == 0:
         return x.to(routing_weights.dtype)
-    if tokens == 1:
+    if tokens == 1 and hidden_scale is None:
         columns = [experts(x, expert) for expert in chosen[0].tolist()]
     else:
         order, back, sizes = group_by_expert(chosen, len(experts.w1))
         groups = x.index_select(0, order // top_k).split(sizes)
-        results = [experts(group, expert) for expert, group in enumerate(groups) if sizes[expert]]
+        scales: Sequence[Tensor | None] = [None] * len(groups)
+        if hidden_scale is not None:
+            scales = hidden_scale.flatten(0, 1).index_select(0, order).split(sizes)
+        results = [experts(group, expert, scales[expert]) for expert, group in enumerate(groups) if sizes[expert]]
         columns = list(torch.cat(results).index_select(0, back).unflatten(0, (tokens, top_k)).unbind(1))
     column_weights = routing_weights.split(1, dim=1)
     total = columns[0].to(routing_weights.dtype) * column_weights[0]
@@ -184,19 +215,23 @@ def routed_experts_reference(x: Tensor, routing_weights: Tensor, chosen: Tensor,
     return total
 
 
-def shared_experts_reference(x: Tensor, shared: SharedExperts, activation: str, gated: bool) -> tuple[Tensor, Tensor]:
+def shared_experts_reference(
+    x: Tensor, shared: SharedExperts, activation: str, gated: bool, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """x (N, D) -> (output (N, D), gate imbalance mean|softmax - 1/n|, which is 0 for one shared expert)."""
     experts = make_experts(shared.w1, shared.w2, shared.b1, shared.b2, activation, gated)
+    drawn = dropout_scale(x, len(experts.w1), experts.hidden_width, dropout)
+    scales = [None] * len(experts.w1) if drawn is None else list(drawn.unbind(1))
     wide = torch.promote_types(x.dtype, torch.float32)
     imbalance = torch.zeros((), dtype=wide, device=x.device)
     if shared.gate_weight is None:
-        output = experts(x, 0).to(wide)
+        output = experts(x, 0, scales[0]).to(wide)
     else:
         shares = torch.softmax(F.linear(x, shared.gate_weight), dim=-1, dtype=wide)
         imbalance = (shares - 1.0 / len(shared.w1)).abs().mean()
         output = torch.zeros(x.shape, dtype=wide, device=x.device)
         for number, share in enumerate(shares.split(1, dim=1)):
-            output = torch.addcmul(output, experts(x, number).to(wide), share)
+            output = torch.addcmul(output, experts(x, number, scales[number]).to(wide), share)
     if shared.global_bias is not None:
         output = output + shared.global_bias
     return output, imbalance
@@ -216,6 +251,7 @@ def mixture_of_experts_reference(
     shared: SharedExperts | None = None,
     router_dtype: torch.dtype | None = None,
     accumulation: str = "descending_probability",
+    dropout: float = 0.0,
 ) -> MixtureOfExpertsOutput:
     """x (..., D) -> MixtureOfExpertsOutput(output (..., D), load_balance_loss)."""
     flat = x.reshape(-1, x.shape[-1])
@@ -226,15 +262,17 @@ def mixture_of_experts_reference(
     if accumulation == "expert_index":
         chosen, by_index = chosen.sort(dim=-1)
         weights = weights.gather(-1, by_index)
+    experts = make_experts(w1, w2, b1, b2, activation, gated)
+    hidden_scale = dropout_scale(flat, top_k, experts.hidden_width, dropout)
     if torch.compiler.is_compiling():
         # The sizes of the groups depend on data, so a graph holds this step as one opaque operation.
         from rxt_kernels.mixture_of_experts.library import routed_experts_in_graph
 
-        output = routed_experts_in_graph(flat, weights, chosen, w1, w2, b1, b2, activation, gated)
+        output = routed_experts_in_graph(flat, weights, chosen, w1, w2, b1, b2, hidden_scale, activation, gated)
     else:
-        output = routed_experts_reference(flat, weights, chosen, make_experts(w1, w2, b1, b2, activation, gated))
+        output = routed_experts_reference(flat, weights, chosen, experts, hidden_scale)
     if shared is not None:
-        shared_output, imbalance = shared_experts_reference(flat, shared, activation, gated)
+        shared_output, imbalance = shared_experts_reference(flat, shared, activation, gated, dropout)
         number_shared = len(shared.w1)
         if shared.weighted:
             output = output * (top_k / (top_k + number_shared))

@@ -122,6 +122,7 @@ class PerExpertMixtureOfExperts(nn.Module):
             gated=options.gated,
             shared=self._shared(),
             router_dtype=options.router_dtype,
+            dropout=options.dropout if self.training else 0.0,
         )
 
 
@@ -205,6 +206,7 @@ class StackedMixtureOfExperts(nn.Module):
             gated=options.gated,
             shared=self._shared(),
             router_dtype=options.router_dtype,
+            dropout=options.dropout if self.training else 0.0,
         )
 
 

@@ -192,7 +192,8 @@ class MemoryAttentionNetwork(nn.Module):
             key_angles=angles,
             rotary_layout=self.config.rope_layout,
             padding=self.config.padding,
-            attention_dropout=self.config.att_dropout if self.training else 0.0,
+            attention_dropout=self.config.att_dropout,
+            context_attention_dropout=self.config.context_att_dropout,
             training=self.training,
         )
 
