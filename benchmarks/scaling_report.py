@@ -208,10 +208,10 @@ def _overtaking(ours: _Curves, other: _Curves, measure: str, against: str) -> di
 
 
 _SUBJECTS = {
-    "latency": "Waiting for an answer",
-    "first_token": "Waiting for the first token",
-    "cumulative": "Whole conversation, memory updates included",
-    "state_bytes": "State kept between turns",
+    "first_token": "waiting for the first token",
+    "latency": "waiting for the whole answer",
+    "cumulative": "computing, memory updates included",
+    "state_bytes": "state kept between turns",
 }
 _ADVANTAGE = {
     "latency": ("times as fast", "times as long"),
@@ -225,29 +225,26 @@ def _factor(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
 
-def _sentence(found: Mapping[str, Any]) -> str:
-    subject, other = _SUBJECTS[found["measure"]], _IN_SENTENCES[found["against"]]
+def _verdict(found: Mapping[str, Any]) -> str:
+    """What is said of RxT, without naming what it is compared with."""
     better, worse = _ADVANTAGE[found["measure"]]
     turn, last = found["turn"], found["turns_measured"]
     end, start = found["ratio_at_end"], found["ratio_at_first_turn"]
-    where = f"at turn {last}" if found["turns_at_end"] == 1 else f"over the last {found['turns_at_end']} of {last} turns"
-    beginning = (
-        f"at turn 1 it takes {_factor(1 / start)} {worse}" if start <= 1 else f"at turn 1 it is {_factor(start)} {better}"
-    )
+    where = f"at turn {last}" if found["turns_at_end"] == 1 else f"over the last {found['turns_at_end']} turns"
+    beginning = f"{_factor(1 / start)} {worse}" if start <= 1 else f"{_factor(start)} {better}"
     if found["verdict"] == "level":
-        return (
-            f"{subject}: RxT and {other} are level within the noise {where} (ratio {end['p20']:.2f} to {end['p80']:.2f}); "
-            f"{beginning}."
-        )
+        return f"level within the noise {where}, ratio {end['p20']:.2f} to {end['p80']:.2f} (turn 1: {beginning})"
     if found["verdict"] == "behind":
-        return (
-            f"{subject}: RxT does not overtake {other} within {last} turns; {where} it takes {_factor(1 / end['p50'])} "
-            f"{worse} ({beginning})."
-        )
-    ahead = f"{where} it is {_factor(end['p50'])} {better}"
+        return f"behind, not overtaking within {last} turns; {_factor(1 / end['p50'])} {worse} {where} (turn 1: {beginning})"
+    ahead = f"{_factor(end['p50'])} {better} {where}"
     if turn == 1:
-        return f"{subject}: RxT is ahead of {other} from the first turn on; {ahead}."
-    return f"{subject}: RxT overtakes {other} {f'at turn {turn}' if turn else 'at the very end'}; {ahead} ({beginning})."
+        return f"ahead from the first turn on; {ahead}"
+    return f"ahead from turn {turn} on; {ahead} (turn 1: {beginning})" if turn else f"ahead at the very end; {ahead}"
+
+
+def _sentence(found: Mapping[str, Any]) -> str:
+    subject = _SUBJECTS[found["measure"]]
+    return f"{subject[0].upper()}{subject[1:]}, RxT against {_IN_SENTENCES[found['against']]}: {_verdict(found)}."
 
 
 def _arithmetic(systems: Sequence[System], shape: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -319,7 +316,7 @@ def summarise(results: Results, systems: Sequence[System]) -> dict[str, Any]:
         "systems": by_system,
         "overtaking": [
             _overtaking(ours, curves[against], measure, against)
-            for measure in ("latency", "first_token", "cumulative", "state_bytes")
+            for measure in _SUBJECTS
             for against in (REREAD, CACHED)
         ],
         "overtaking_by_arithmetic": _arithmetic(systems, ours.rows[-1]["shape"]),
@@ -387,15 +384,24 @@ def _with_interval(estimate: Mapping[str, float | None]) -> str:
     return f"{estimate['value']:.2f} ({estimate['low']:.2f} to {estimate['high']:.2f})"
 
 
-def _arithmetic_sentence(found: Mapping[str, Any]) -> str:
+def _arithmetic_verdict(found: Mapping[str, Any]) -> str:
     def when(turn: int | None) -> str:
-        return f"not within {found['turns_counted']} turns" if turn is None else f"at turn {turn}"
+        return f"behind for {found['turns_counted']} turns" if turn is None else f"ahead from turn {turn} on"
 
-    return (
-        f"Counted in operations instead of seconds, RxT overtakes {_IN_SENTENCES[found['against']]} "
-        f"{when(found['answer_turn'])} for the answer and {when(found['cumulative_turn'])} for the whole conversation, "
-        "memory updates included."
-    )
+    return f"answer {when(found['answer_turn'])}; conversation with updates {when(found['cumulative_turn'])}"
+
+
+def _comparison(summary: Mapping[str, Any], against: str) -> list[str]:
+    """Everything that is said about RxT and one other system."""
+    lines = [
+        (_SUBJECTS[found["measure"]], _verdict(found)) for found in summary["overtaking"] if found["against"] == against
+    ]
+    lines += [
+        ("counted operations", _arithmetic_verdict(found))
+        for found in summary["overtaking_by_arithmetic"]
+        if found["against"] == against
+    ]
+    return [f"RxT against {_IN_SENTENCES[against]}:", *(f"  {subject:<35} {said}" for subject, said in lines), ""]
 
 
 def text_report(results: Results, systems: Sequence[System]) -> str:
@@ -425,14 +431,13 @@ def text_report(results: Results, systems: Sequence[System]) -> str:
                 f"b = {_with_interval(of['cumulative_cost'])}"
             )
     flat = summary["systems"][RXT]["latency_last_over_early_turns"]
+    ours = summary["systems"][RXT]["against_limits"]
     lines += [
         f"RxT's last turns take {_with_interval(flat)} times as long as its first ones (turns 2 to 6).",
-        *(found["sentence"] for found in summary["overtaking"]),
-        *(_arithmetic_sentence(found) for found in summary["overtaking_by_arithmetic"]),
-    ]
-    ours = summary["systems"][RXT]["against_limits"]
-    lines.append(
+        "",
+        *_comparison(summary, REREAD),
+        *_comparison(summary, CACHED),
         f"Against this machine's limits, RxT takes {ours['decode_token']['ratio']:.1f} times as long as reading its weights "
-        f"for a token, and {ours['memory_update']['ratio']:.1f} times as long as the arithmetic of a memory update."
-    )
+        f"for a token,\nand {ours['memory_update']['ratio']:.1f} times as long as the arithmetic of a memory update.",
+    ]
     return "\n".join(lines)

@@ -403,10 +403,38 @@ def test_report_finds_what_was_put_in() -> None:
     assert turn["cumulative", "stateless-reread"] == 40  # 1.5 N < 0.5 N + 0.025 N (N + 1)
     assert turn["state_bytes", "stateless-cached"] == 11
     assert turn["state_bytes", "stateless-reread"] is None
+    sentences = [found["sentence"] for found in summary["overtaking"]]
+    assert sentences[2] == (
+        "Waiting for the whole answer, RxT against the LLM that re-reads its history: ahead from turn 11 on; 3.52 times as "
+        "fast over the last 8 turns (turn 1: 1.67 times as long)."
+    )
+    assert sentences[3] == (
+        "Waiting for the whole answer, RxT against the LLM that keeps its KV cache: behind, not overtaking within 64 turns; "
+        "1.11 times as long over the last 8 turns (turn 1: 1.11 times as long)."
+    )
     report = scaling_report.text_report(result, made)
-    assert "RxT overtakes the LLM that re-reads its history at turn 11" in report
-    assert "RxT does not overtake the LLM that keeps its KV cache within 64 turns; at turn 64 it takes" in report
-    assert "over the last 8 of 64 turns it takes 1.11 times as long (at turn 1 it takes 1.11 times as long)." in report
+    for found in summary["overtaking"]:
+        assert found["sentence"].partition(": ")[2][:-1] in report
+
+
+@pytest.mark.parametrize(("noise", "verdict"), [(0.0, "behind"), (0.3, "level")])
+def test_what_the_noise_hides_is_not_claimed(noise: float, verdict: str) -> None:
+    _, made = known_results(turns=4, repeats=1)
+    generator = torch.Generator().manual_seed(3)
+
+    def times(base: float) -> TurnTimes:
+        seconds = base * (1 + noise * float(torch.randn((), generator=generator).clamp(-2, 2)))
+        return TurnTimes(seconds / 2, seconds, 0.0, 10)
+
+    samples = {
+        system.name: [[times(base) for _ in range(5)] for _ in range(64)]
+        for system, base in zip(made, (1.0, 1.0, 0.98), strict=True)
+    }
+    rows = scaling_report.make_rows(made, [turns_of(64)] * 5, samples, backend="reference")
+    summary = scaling_report.summarise(results.Results("scaling", {}, {}, LIMITS, rows), made)
+    of = {(found["measure"], found["against"]): found for found in summary["overtaking"]}
+    assert of["latency", "stateless-cached"]["verdict"] == verdict
+    assert of["latency", "stateless-cached"]["turn"] is None
 
 
 def test_report_of_a_few_turns_says_less() -> None:
