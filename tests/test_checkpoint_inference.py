@@ -374,7 +374,9 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("memory-gated-self-interlayer-linear", {"interlayer_att_groups": 4}, r"mean_attention_layers\.0.*= 4"),
     ("memory-self-linear", {"use_gate_for_self_attention": True}, "use_gate_for_self_attention = False"),
     ("mlm-head", {"vocab_size": 4}, "vocab_size = 19.*says 4"),
-    ("stateless-moe", {"ff_num_experts": 4}, "says 4"),
+    ("stateless-moe", {"ff_num_experts": 4}, r"ff_num_experts = 3.*'ff_num_experts', says 4"),
+    ("stateless-moe", {"ff_moe_top_k": 4}, "'ff_moe_top_k': 4 is not between"),
+    ("stateless-moe", {"use_moe_ff": False}, "use_moe_ff = True.*says False"),
 ]  # fmt: skip
 
 

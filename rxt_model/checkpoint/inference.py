@@ -67,6 +67,8 @@ class ComponentFile:
     stated_variant: str | None = None
     forced_variant: str | None = None
     third_era: bool = False
+    #: What this kind of component calls the fields of a decoder.
+    renamed: Mapping[str, str] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
     #: Fields that no tensor and no configuration settles; the loader warns about them.
     doubts: list[str] = field(default_factory=list)
@@ -105,6 +107,7 @@ class ComponentFile:
 
     def tensor_fact(self, name: str, value: Any, key: str, *, yields: bool = True) -> None:
         """Records what a tensor tells; with `yields=False` a configuration that states something else is an error."""
+        name = self.renamed.get(name, name)
         stated = self.config.get(name, value)
         if stated != value and not yields:
             raise CheckpointError(
@@ -112,6 +115,14 @@ class ComponentFile:
                 f"{self.config_where}, key {name!r}, says {stated!r}; the two files do not belong together."
             )
         self.fields[name] = value
+
+    def stated(self, name: str, default: Any = None) -> Any:
+        """What the configuration says, under whatever name this kind of component uses."""
+        return self.config.get(self.renamed.get(name, name), default)
+
+    def settle(self, name: str, value: Any) -> None:
+        """Sets a field without asking the configuration."""
+        self.fields[self.renamed.get(name, name)] = value
 
     def strict_fact(self, name: str, value: Any, key: str) -> None:
         """Records what a tensor tells; a configuration that states something else is an error."""
@@ -400,8 +411,8 @@ def _infer_feed_forward(file: ComponentFile) -> None:
         file.strict_fact("use_gated", gated, f"{dense_stateless}.fc1.linear.weight")
     if experts is None:
         # Says nothing about this model; another era's default must not be refused for a dense one.
-        file.fields["num_experts"] = file.config.get("num_experts", 1)
-        file.fields["moe_top_k"] = file.config.get("moe_top_k", 1)
+        file.settle("num_experts", file.stated("num_experts", 1))
+        file.settle("moe_top_k", file.stated("moe_top_k", 1))
         return
     _infer_experts(file, experts)
 
@@ -420,10 +431,10 @@ def _infer_experts(file: ComponentFile, prefix: str) -> None:
         _infer_stacked_experts(file, prefix)
     else:
         _infer_separate_experts(file, prefix, count)
-    top_k = file.config.get("moe_top_k", 1)
+    top_k, top_k_name = file.stated("moe_top_k", 1), file.renamed.get("moe_top_k", "moe_top_k")
     if not 1 <= top_k <= count:
         raise CheckpointError(
-            f"{file.config_where}, key 'moe_top_k': {top_k} is not between 1 and the {count} experts of "
+            f"{file.config_where}, key {top_k_name!r}: {top_k} is not between 1 and the {count} experts of "
             f"{file.weights_file}, key {file.prefix + router!r}."
         )
 
@@ -449,7 +460,7 @@ def _infer_stacked_experts(file: ComponentFile, prefix: str) -> None:
     file.strict_fact("num_shared_experts", shared, width_key)
     mode = _bias_mode(file, local_bias, f"{prefix}.shared_experts_bias")
     file.strict_fact("moe_shared_experts_bias_mode", mode, local_bias)
-    if (file.config.get("shared_expert_dim") or hidden) != width:
+    if (file.stated("shared_expert_dim") or hidden) != width:
         file.strict_fact("shared_expert_dim", width, width_key)
 
 
@@ -463,12 +474,12 @@ def _infer_separate_experts(file: ComponentFile, prefix: str, count: int) -> Non
     file.strict_fact("ff_dim", hidden, f"{prefix}.experts.0.fc2.weight")
     file.strict_fact("use_gated", gated, f"{prefix}.experts.0.fc1.linear.weight")
     shared = file.layers(f"{prefix}.shared_experts")
-    if "num_shared_experts" in file.config or shared:
+    if file.stated("num_shared_experts") is not None or shared:
         file.strict_fact("num_shared_experts", shared, f"{prefix}.shared_experts.0.fc2.weight")
     # The defaults of newer releases have one shared expert and biases common to all; these files have neither.
-    file.fields["num_shared_experts"] = shared
+    file.settle("num_shared_experts", shared)
     for name in ("moe_bias_mode", "moe_shared_experts_bias_mode"):
-        file.fields[name] = file.config.get(name, "local")  # ignored by this layout
+        file.settle(name, file.stated(name, "local"))  # ignored by this layout
 
 
 def _is_gated(file: ComponentFile, key: str, wide: int, hidden: int) -> bool:
@@ -500,7 +511,7 @@ def _infer_stateless(file: ComponentFile) -> None:
     _infer_attention(
         file, "model.layers.0.attention", head_dim, heads, ("att_type", "att_groups", "att_num_query_groups")
     )
-    renamed = {
+    file.renamed = {
         "use_moe": "use_moe_ff",
         "num_experts": "ff_num_experts",
         "moe_top_k": "ff_moe_top_k",
@@ -516,11 +527,7 @@ def _infer_stateless(file: ComponentFile) -> None:
     if file.has(head_norm):
         norm_kind = "layer_norm" if file.has("model.head_norm.bias") else "rms_norm"
         file.strict_fact("head_norm_type", norm_kind, "model.head_norm.bias")
-    original = file.config
-    file.config = {next((old for old, new in renamed.items() if new == name), name): v for name, v in original.items()}
     _infer_decoder_only_feed_forward(file)
-    file.config = original
-    file.fields = {renamed.get(name, name): value for name, value in file.fields.items()}
 
 
 def _infer_decoder_only_feed_forward(file: ComponentFile) -> None:

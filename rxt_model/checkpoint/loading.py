@@ -167,7 +167,7 @@ def _check_keys(model: LoadableModule, sources: Mapping[str, str], weights: Safe
     missing = [key for key in wanted if key not in sources]
     surplus = [name for key, name in sources.items() if key not in wanted]
     if missing:
-        also = f" So is {surplus[0]!r}, which the model does not have, too many." if surplus else ""
+        also = f" The file has {surplus[0]!r}, which the model does not." if surplus else ""
         raise CheckpointError(f"{weights.path}, key {missing[0]!r}: this tensor is missing{_more(missing)}.{also}")
     if surplus:
         raise CheckpointError(
