@@ -24,7 +24,11 @@ from tests.upstream.reread import CONVERTIBLE, Reread, other
 from tests.upstream.runner import UpstreamRuns, failure, why_absent
 
 # Single components do not always show their rotary layout; that loading says so is tested elsewhere.
-pytestmark = [pytest.mark.upstream, pytest.mark.filterwarnings("ignore::rxt_model.checkpoint.CheckpointWarning")]
+pytestmark = [
+    pytest.mark.upstream,
+    pytest.mark.filterwarnings("ignore::rxt_model.checkpoint.CheckpointWarning"),
+    pytest.mark.timeout(900),  # the first test of each direction waits for the oracle, on a busy machine for long
+]
 
 TOLERANCE = 1e-5  # largest difference over largest value
 LEAST_GAP = 1e-4  # between the best two logits of a greedy step; below it, equal tokens would prove nothing
@@ -76,7 +80,7 @@ def test_we_compute_what_upstream_computes(upstream: UpstreamRuns, version: str,
     answer = upstream.answer(version, name)
     for gap in ("greedy_gap", "greedy_after_updates_gap"):
         assert gap not in answer.outputs or answer.outputs[gap].item() > LEAST_GAP, "choose another seed for this case"
-    model = ours.load_answer(version, answer)
+    model = ours.load_answer(version, answer, keep=True)
     result = ours.errors(ours.evaluate(answer.case, model, answer.inputs), answer.outputs, answer.inputs["mask_batch"])
     assert worst(result) <= TOLERANCE, result
 
@@ -147,7 +151,7 @@ def test_the_file_grammar_is_upstream_s_to_the_byte(upstream: UpstreamRuns, vers
     file = answer.model_directory / "model.safetensors"
     encoder = answer.case["arguments"].get("encoder_config", answer.case["arguments"])
     keeps_memory = version == "0.2.31" or encoder.get("legacy_stm_in_encoder", False)
-    grammar = upstream_grammar(ours.load_answer(version, answer), encoder_memory=keeps_memory)
+    grammar = upstream_grammar(ours.load_answer(version, answer, keep=True), encoder_memory=keeps_memory)
     with safe_open(file, "pt") as opened:
         shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
         metadata = opened.metadata() or {}

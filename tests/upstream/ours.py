@@ -38,19 +38,27 @@ def load(case: Case, directory: pathlib.Path, **options: Any) -> Any:
     return our_class(case).from_pretrained(str(directory), **options).eval()
 
 
-def load_answer(version: str, answer: Answer) -> Any:
-    """Our model of a directory saved by upstream.
+_kept: dict[pathlib.Path, Any] = {}
+
+
+def load_answer(version: str, answer: Answer, *, keep: bool = False) -> Any:
+    """Our model of a directory saved by upstream; with `keep`, one that is kept and must not be trained or talked to.
 
     What no file of that kind shows, the caller has to say: the rotary layout of a decoder alone, and which of the
     interlayer variants a memory attention without gates is.
     """
     case = answer.case
+    if keep and answer.model_directory in _kept:
+        return _kept[answer.model_directory]
     options: dict[str, Any] = {}
     if case["kind"] in ("decoder", "encoder", "llm"):
         options["rope_layout"] = LAYOUT[version]
     if case["name"] == "variant-gated-self-interlayer-none":
         options["memory_attention_variant"] = "gated-self-interlayer"
-    return load(case, answer.model_directory, **options)
+    model = load(case, answer.model_directory, **options)
+    if keep:
+        _kept[answer.model_directory] = model
+    return model
 
 
 def make(version: str, case: Case) -> Any:

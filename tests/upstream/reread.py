@@ -92,7 +92,7 @@ class Reread:
 
     def _save_again(self, version: str, case: Case, target: pathlib.Path, key: str) -> pathlib.Path:
         answer = self._upstream.answer(version, case["name"])
-        ours.load_answer(version, answer).save_pretrained(str(target))
+        ours.load_answer(version, answer, keep=True).save_pretrained(str(target))
         return answer.directory / "tensors.safetensors"
 
     def _save_made(self, version: str, case: Case, target: pathlib.Path, key: str) -> pathlib.Path:

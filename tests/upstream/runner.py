@@ -18,7 +18,7 @@ from tests.upstream.cases import Case, cases
 from tests.upstream.install import is_installed, upstream_directory
 
 ORACLE = pathlib.Path(__file__).with_name("oracle.py")
-TIMEOUT_SECONDS = 280
+TIMEOUT_SECONDS = 800
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,13 @@ def calls(beta: bool) -> list[dict[str, Any]]:
     ]
     found += [call("tokenize_batch", SHORT, max_seq_len=24)]
     if beta:
-        parts = {"query": "Hi!", "answer": "Yes.", "think": "Hm, so", "tool_call": "run(1)", "internal": "be kind"}
+        parts: dict[str, Any] = {
+            "query": "Hi!",
+            "answer": "Yes.",
+            "think": "Hm, so",
+            "tool_call": "run(1)",
+            "internal": "be kind",
+        }
         found += [
             call("tokenize_query", "Hi!", internal="be kind"),
             call("tokenize_full_interaction", **parts),
