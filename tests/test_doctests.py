@@ -8,14 +8,23 @@ import pkgutil
 
 import pytest
 
+import rxt_benchmarks
 import rxt_kernels
+import rxt_model
 
-MODULES = ["rxt_kernels"] + sorted(
-    module.name for module in pkgutil.walk_packages(rxt_kernels.__path__, "rxt_kernels.")
+MODULES = sorted(
+    name
+    for package in (rxt_kernels, rxt_model, rxt_benchmarks)
+    for name in (
+        package.__name__,
+        *(module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")),
+    )
 )
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name: str) -> None:
-    result = doctest.testmod(importlib.import_module(name))
+    module = importlib.import_module(name)
+    # Names that an example may use without importing them are those of the module itself.
+    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
