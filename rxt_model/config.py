@@ -524,11 +524,24 @@ class StatelessConfig(_Config):
 
     @classmethod
     def like(cls, decoder: TransformerConfig, *, seq_len: int | None = None) -> StatelessConfig:
-        """The stateless model that matches a decoder in width, depth, experts and heads, without its memory."""
+        """The stateless model that matches a decoder in width, depth, experts and heads, without its memory.
+
+        Experts have biases of their own, also where the decoder's share one or have none.
+
+        Raises:
+            ValueError: the decoder has something that this model cannot have, so that the two would not match.
+        """
         if decoder.num_shared_experts and decoder.use_moe:
             raise ValueError(
                 f"num_shared_experts is {decoder.num_shared_experts}; the stateless model has routed experts only."
             )
+        plain: dict[str, object] = {
+            "use_gated_attention": False, "use_attention_output_bias": True, "use_nope": False, "use_head_norm": False,
+            "stateless_layers_config": None, "final_stateless_layers_config": None, "router_amp": False,
+        }  # fmt: skip
+        for name, value in plain.items():
+            if getattr(decoder, name) != value and getattr(decoder, name) != ():
+                raise ValueError(f"{name} is {getattr(decoder, name)!r}; the stateless model has {value!r} only.")
         query_heads, key_value_heads = decoder.self_attention_heads
         return cls(
             num_layers=decoder.num_layers,
@@ -552,6 +565,7 @@ class StatelessConfig(_Config):
             rope_base=decoder.rope_base,
             rope_layout=decoder.rope_layout,
             rope_angle_dtype=decoder.rope_angle_dtype,
+            padding=decoder.padding,
         )
 
 

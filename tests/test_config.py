@@ -177,5 +177,10 @@ def test_the_stateless_model_that_matches_a_decoder() -> None:
     for name in ("embed_dim", "num_layers", "ff_dim", "use_moe", "num_experts", "moe_top_k", "use_vectorized_moe"):
         assert getattr(layers, name) == getattr(decoder, name)
     assert layers.seq_len == 99
-    with refusal(ValueError, "num_shared_experts"):
-        StatelessConfig.like(decoder.replace(num_shared_experts=1))
+    for name, value in (
+        ("num_shared_experts", 1), ("use_gated_attention", True), ("use_nope", True), ("use_head_norm", True),
+        ("use_attention_output_bias", False), ("stateless_layers_config", ("dense",)), ("router_amp", True),
+    ):  # fmt: skip
+        with refusal(ValueError, name):
+            StatelessConfig.like(decoder.replace(**{name: value}))
+    assert StatelessConfig.like(decoder.replace(use_moe=False, num_shared_experts=1)).padding == "mask"

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     BETA_TOKENS,
+    EOS,
     VOCABULARY,
     alpha,
     decoder_config,
@@ -466,6 +467,17 @@ def test_position_base_and_absence_of_positions() -> None:
     torch.testing.assert_close(first, second.flip(2), atol=1e-5, rtol=1e-5)
 
 
+def test_angles_on_the_meta_device_have_no_values_and_spoil_none() -> None:
+    rotary = RotaryPositions(8, 10_000, "float32")
+    expected = rotary.angles(torch.arange(3), torch.float32)
+    assert rotary.angles(torch.arange(3, device="meta"), torch.float32).is_meta
+    assert torch.equal(rotary.angles(torch.arange(3), torch.float32), expected)
+    with torch.device("meta"):
+        assert torch.equal(
+            RotaryPositions(8, 10_000, "float32").angles(torch.arange(3, device="cpu"), torch.float32), expected
+        )
+
+
 def test_frequencies_are_not_rounded_with_the_weights() -> None:
     model = alpha()
     exact = model.decoder.model.rotary._inverse_frequencies.clone()
@@ -612,6 +624,8 @@ def beta_3b_in_small() -> RxTBeta:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_shape_of_beta_3b_talks_and_remembers(dtype: torch.dtype) -> None:
     model = beta_3b_in_small().to(dtype)
+    with torch.no_grad():
+        model.decoder.model.head.bias[EOS] = -1e4  # so that the length of an answer is its budget
     assert model.decoder.model.depth == 2 + 6 + 2
     before = model.export_stm_state()
     prompt = ids_of([5])
@@ -622,6 +636,7 @@ def test_the_shape_of_beta_3b_talks_and_remembers(dtype: torch.dtype) -> None:
     assert not torch.equal(model.stm.memory, before)
     if dtype is torch.float32:
         twin = beta_3b_in_small()
+        twin.load_state_dict(model.state_dict())
         twin.load_stm_state(before)
         uncached = list(twin.interact(prompt, temperature=0.0, max_seq_len=20, use_self_attn_cache=False))
         assert uncached == answers[0]

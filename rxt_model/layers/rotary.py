@@ -26,6 +26,15 @@ class RotaryPositions:
         self.angle_dtype = angle_dtype
         with torch.device("cpu"):  # also when the model is built on the meta device
             self._inverse_frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        self._copy: Tensor | None = None
+
+    def _frequencies(self, device: torch.device) -> Tensor:
+        """The frequencies on a device; the last copy is kept, because making one waits for an accelerator."""
+        if self._inverse_frequencies.device == device or device.type == "meta" or torch.compiler.is_compiling():
+            return self._inverse_frequencies.to(device)
+        if self._copy is None or self._copy.device != device:
+            self._copy = self._inverse_frequencies.to(device)
+        return self._copy
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """Angles in radians at integer positions.
@@ -37,8 +46,7 @@ class RotaryPositions:
         Returns:
             ``positions.shape + (head_dim / 2,)``, float32 or ``dtype``.
         """
-        frequencies = self._inverse_frequencies.to(positions.device)
-        angles = positions[..., None].to(torch.float32) * frequencies
+        angles = positions[..., None].to(torch.float32) * self._frequencies(positions.device)
         return angles.to(dtype) if self.angle_dtype == "match" else angles
 
 
