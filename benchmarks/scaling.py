@@ -1,10 +1,12 @@
 """What does a conversation of N turns cost? A Reactive Transformer beside a stateless language model of its size.
 
 The same conversations of real dialogue, token by token the same for everyone, are held by RxT, by an LLM of the same width,
-depth, heads and experts that re-reads its history at every turn, and by that LLM keeping its key/value cache between turns
-(:mod:`.systems`). Before anything is timed, every logit of a short conversation is compared with the uncached model.
+depth, heads and experts that re-reads its history at every turn, and by that LLM keeping its key/value cache between turns.
+Before anything is timed, every logit of a short conversation is compared with the uncached model. NOTES.md says how it is
+measured and what to expect.
 
-    python -m rxt_benchmarks.scaling --json scaling.json --plot scaling.png
+The saved figure takes about six minutes on two cores:
+    rxt bench scaling --json scaling.json --plot scaling.png
 """
 
 from __future__ import annotations

@@ -181,6 +181,11 @@ def _late_over_early(curves: _Curves) -> dict[str, float | None]:
     return _estimate(mean_with_interval((late / early).tolist()))
 
 
+def _significant(value: float) -> float:
+    # Ratios span from a few bytes against megabytes to the reverse: decimals would lose the small ones.
+    return float(f"{value:.5g}")
+
+
 def _overtaking(ours: _Curves, other: _Curves, measure: str, against: str) -> dict[str, Any]:
     """Whether RxT ends ahead, and from which turn on: the ratio of the other's cost to RxT's, turn by turn.
 
@@ -189,7 +194,7 @@ def _overtaking(ours: _Curves, other: _Curves, measure: str, against: str) -> di
     by_repeat = getattr(other, measure) / getattr(ours, measure)
     by_turn = np.median(by_repeat, axis=0).tolist()
     is_noisy = measure in ("latency", "first_token")
-    last_turns = max(_SMOOTHED_TURNS, ours.turns // 8) if is_noisy else 1
+    last_turns = min(ours.turns, max(_SMOOTHED_TURNS, ours.turns // 8)) if is_noisy else 1
     if is_noisy:
         by_turn = running_median(by_turn, _SMOOTHED_TURNS)
     end = percentiles(by_repeat[:, -last_turns:].ravel().tolist())
@@ -200,8 +205,8 @@ def _overtaking(ours: _Curves, other: _Curves, measure: str, against: str) -> di
         "verdict": verdict,
         "turn": overtaking_turn(by_turn) if verdict == "ahead" else None,
         "turns_measured": ours.turns,
-        "ratio_at_first_turn": round(by_turn[0], 4),
-        "ratio_at_end": {name: round(value, 4) for name, value in end._asdict().items()},
+        "ratio_at_first_turn": _significant(by_turn[0]),
+        "ratio_at_end": {name: _significant(value) for name, value in end._asdict().items()},
         "turns_at_end": last_turns,
     }
     return {**found, "sentence": _sentence(found)}
@@ -222,7 +227,7 @@ _ADVANTAGE = {
 
 
 def _factor(ratio: float) -> str:
-    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.0f}"
 
 
 def _verdict(found: Mapping[str, Any]) -> str:
@@ -407,7 +412,7 @@ def _comparison(summary: Mapping[str, Any], against: str) -> list[str]:
 def text_report(results: Results, systems: Sequence[System]) -> str:
     """The table and the conclusions, for a terminal."""
     summary, environment, limits = results.summary, results.environment, results.limits
-    counts, threads = summary["parameters"], environment["threads"]
+    counts, threads, repeats = summary["parameters"], environment["threads"], summary["repeats_measured"]
     lines = [
         f"{results.settings['model']} ({counts['rxt'] / 1e6:.1f} M parameters, decoder "
         f"{counts['rxt_decoder'] / 1e6:.1f} M) and a stateless LLM of its width and depth "
@@ -415,8 +420,8 @@ def text_report(results: Results, systems: Sequence[System]) -> str:
         f"{environment['cpu']}, {threads} thread{'s' if threads > 1 else ''}, torch {environment['torch']}, load average "
         f"{environment['load_average']} before; reads {limits['read_bandwidth_bytes_per_second'] / 1e9:.0f} GB/s, "
         f"multiplies {limits['fma_flops_per_second'] / 1e9:.0f} GFLOP/s",
-        f"{results.settings['dialogues']}, {summary['repeats_measured']} conversations of {summary['turns_measured']} "
-        f"turns; medians",
+        f"{results.settings['dialogues']}, {repeats} conversation{'s' if repeats > 1 else ''} of "
+        f"{summary['turns_measured']} turns; medians",
         "",
         *_table(results.rows),
         "",

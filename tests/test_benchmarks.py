@@ -417,6 +417,17 @@ def test_report_finds_what_was_put_in() -> None:
         assert found["sentence"].partition(": ")[2][:-1] in report
 
 
+def test_states_of_very_different_size_compare() -> None:
+    _, made = known_results(turns=4, repeats=1)
+    samples = {
+        system.name: [[TurnTimes(0.1, 0.2, 0.0, size)] for _ in range(4)]
+        for system, size in zip(made, (10**9, 8, 100), strict=True)
+    }
+    rows = scaling_report.make_rows(made, [turns_of(4)], samples, backend="reference")
+    summary = scaling_report.summarise(results.Results("scaling", {}, {}, LIMITS, rows), made)
+    assert [of["verdict"] for of in summary["overtaking"] if of["measure"] == "state_bytes"] == ["behind", "behind"]
+
+
 @pytest.mark.parametrize(("noise", "verdict"), [(0.0, "behind"), (0.3, "level")])
 def test_what_the_noise_hides_is_not_claimed(noise: float, verdict: str) -> None:
     _, made = known_results(turns=4, repeats=1)
@@ -533,7 +544,7 @@ def test_time_limit_reports_what_was_measured(
     found = results.read_results(path)
     assert not found.complete
     assert found.summary["turns_measured"] == 6
-    assert "conversations of 6 turns" in capsys.readouterr().out
+    assert "conversation of 6 turns" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
