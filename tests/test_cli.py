@@ -157,10 +157,13 @@ assert "torch" not in sys.modules, "torch was imported"
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("module", [module.name for module in pkgutil.iter_modules(rxt_model.cli.__path__)])
-def test_examples(module: str) -> None:
-    if module != "__main__":
-        assert doctest.testmod(importlib.import_module(f"rxt_model.cli.{module}")).failed == 0
+MODULES = [module.name for module in pkgutil.iter_modules(rxt_model.cli.__path__, "rxt_model.cli.")]
+
+
+@pytest.mark.parametrize("name", ["rxt_model.cli", "rxt_model.demo_model", "rxt_model.demo_conversation", *MODULES])
+def test_examples(name: str) -> None:
+    if not name.endswith("__main__"):
+        assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 @pytest.mark.parametrize(
@@ -832,7 +835,9 @@ def test_training(rxt: Rxt, trained: list[dict[str, Any]]) -> None:
     call = trained[0]
     assert (call["directory"], call["steps"], call["seed"], call["resume"]) == (Path("out"), 5, 3, False)
     refused(rxt("train", "demo", "--output", "out", "--steps", 13), "chitchat-dataset")
-    assert rxt("train", "demo", "--output", "out", "--steps", 14).status == 130
+    interrupted = rxt("train", "demo", "--output", "out", "--steps", 14)
+    assert interrupted.status == 130
+    assert "before anything was saved" in interrupted.err
 
 
 def test_training_does_not_replace_a_model_unasked(rxt: Rxt, trained: list[dict[str, Any]]) -> None:

@@ -67,7 +67,9 @@ def run(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise UserError(str(error)) from None
     except KeyboardInterrupt:
-        tell(f"\nrxt: interrupted; the same command continues from the last state in {output}.")
+        saved = (output / TRAINING_STATE).exists()
+        rest = "the same command continues from its last saved state" if saved else "before anything was saved"
+        tell(f"\nrxt: interrupted, {rest}.")
         return INTERRUPTED
     print(f"trained: {directory}; talk to it with `rxt chat --model {directory}`")
     return 0
