@@ -207,3 +207,9 @@ def test_options_out_of_range(name: str, value: object) -> None:
 def test_one_seed_per_row() -> None:
     with refusal(ValueError, "seed", "2", "3"):
         Sampler(SamplingOptions(seed=[1, 2]), rows=3)
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.2, 1), (0.25, 1), (0.26, 2), (0.5, 2), (0.51, 3), (0.75, 3), (0.99, 4)])
+def test_top_p_stops_where_it_is_reached(top_p: float, kept: int) -> None:
+    probabilities = token_probabilities(torch.zeros(1, 4), SamplingOptions(top_p=top_p))
+    assert (probabilities > 0).sum() == kept
