@@ -188,7 +188,6 @@ def test_memory_is_updated_exactly_once_however_reading_ends(
     stream = start(model)
     stop(stream, model)
     del stream
-    gc.collect()
     model.export_stm_state()
     assert len(updates) == 1
     assert model.turns == 1
