@@ -129,7 +129,7 @@ def available_backends(operation: str) -> tuple[str, ...]:
 
 
 def explain(operation: str, backend: str) -> str:
-    """One sentence: whether this build has `backend` for `operation`.
+    """One sentence: why this build has or has not `backend` for `operation`.
 
     Raises:
         ValueError: the operation or the backend name is unknown.
@@ -137,16 +137,16 @@ def explain(operation: str, backend: str) -> str:
     Example:
         >>> import rxt_kernels
         >>> explain("rms_norm", "reference")
-        'rms_norm has the reference backend: the eager definition, on every device.'
+        'The eager definition, on every device.'
     """
     found = _find(operation)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, which is not known; it is one of {', '.join(BACKENDS)}.")
     if backend == "reference":
-        return f"{operation} has the reference backend: the eager definition, on every device."
+        return "The eager definition, on every device."
     if backend in available_backends(found.name):
-        return f"{operation} has the {backend} backend; a call that it cannot take is refused with the reason."
-    return f"This build has no {backend} backend for {operation}: nothing was registered for it when it was imported."
+        return "Registered; a call that it cannot take is refused with the reason."
+    return f"This build has no {backend} backend here: nothing was registered when the package was imported."
 
 
 def _find(operation: str) -> Operation:

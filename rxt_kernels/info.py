@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 import rxt_kernels
 from rxt_kernels.dispatch import BACKENDS, available_backends, explain, operations
 
-__all__ = ["collect", "main"]
+__all__ = ["collect", "main", "report_text"]
 
 
 def _version(distribution: str) -> str | None:
@@ -74,7 +75,8 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _text(report: dict[str, Any]) -> str:
+def report_text(report: dict[str, Any]) -> str:
+    """What :func:`collect` found, as lines for a person; operations that share a backend's state share its lines."""
     machine = report["machine"]
     gpus = ", ".join(machine["gpus"]) or "none that torch can use"
     lines = [f"rxt_kernels {report['rxt_kernels']}"]
@@ -86,12 +88,14 @@ def _text(report: dict[str, Any]) -> str:
         "",
         "Backends",
     ]
-    for operation, backends in report["operations"].items():
-        lines.append(f"  {operation}")
-        lines += [
-            f"    {'on ' if state['available'] else 'off'} {backend:<10} {state['reason']}"
-            for backend, state in backends.items()
-        ]
+    for backend in BACKENDS:
+        groups: dict[tuple[bool, str], list[str]] = {}
+        for operation, states in report["operations"].items():
+            state = states[backend]
+            groups.setdefault((state["available"], state["reason"]), []).append(operation)
+        for (available, reason), names in sorted(groups.items(), reverse=True):
+            lines.append(f"  {backend:<10} {'on' if available else 'off':<4} {reason}")
+            lines += textwrap.wrap(", ".join(names), 100, initial_indent=" " * 18, subsequent_indent=" " * 18)
     return "\n".join(lines)
 
 
@@ -101,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     options = parser.parse_args(arguments)
     report = collect()
-    print(json.dumps(report, indent=2) if options.json else _text(report))
+    print(json.dumps(report, indent=2) if options.json else report_text(report))
     return 0
 
 

@@ -95,7 +95,7 @@ def _demo_model() -> dict[str, Any]:
 def _lines(report: Mapping[str, Any]) -> Iterator[str]:
     from rxt_kernels import info
 
-    yield info._text(dict(report))
+    yield info.report_text(dict(report))
     yield ""
     yield "Packages"
     for name, version in report["required_packages"].items():
