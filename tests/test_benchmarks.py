@@ -36,7 +36,8 @@ def tiny_configs(
     vocab_size: int = 60, **changes: Any
 ) -> tuple[TransformerConfig, TransformerConfig, MemoryAttentionConfig]:
     common: dict[str, Any] = {"num_layers": 2, "embed_dim": 32, "att_heads": 4, "att_groups": 2, "stm_size": 12}
-    both = {"vocab_size": vocab_size, "ff_dim": 24, "num_shared_experts": 0, "att_query_groups": 4, **common}
+    both: dict[str, Any] = {"vocab_size": vocab_size, "ff_dim": 24, "att_query_groups": 4, **common}
+    both |= {"num_shared_experts": 0, "moe_bias_mode": "local"}
     gates: dict[str, Any] = {"use_gated_residual": True, "residual_gate_type": "linear"}
     return (
         TransformerConfig(**{**both, "use_moe": True, "num_experts": 6, "moe_top_k": 2, **changes}),
@@ -291,7 +292,11 @@ def test_bytes_of_one_more_token() -> None:
         layer.memory_cross_attention.k_proj.weight.numel() + layer.memory_cross_attention.v_proj.weight.numel()
         for layer, _ in network.layers_in_order()
     )
-    matrices = sum(p.numel() for p in network.parameters() if p.dim() > 1) - network.embedding.weight.numel()
+    matrices = sum(
+        weight.numel()
+        for name, weight in network.named_parameters()
+        if weight.dim() > 1 and not name.endswith(("embedding.weight", ".b1", ".b2"))
+    )
     memory = sum(part.numel() for layer in network.project_memory(model.stm.memory) for part in layer)
     assert costs.bytes_per_step(0, 4) == 4 * (matrices - idle - projections + memory)
     assert costs.memory_bytes(4) == 4 * model.stm.memory.numel()
