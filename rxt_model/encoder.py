@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rxt_model.checkpoint.hub import Component, PretrainedModel
+from rxt_model.checks import check_device, check_token_ids
 from rxt_model.config import TransformerConfig
-from rxt_model.decoder import check_device, check_token_ids
 from rxt_model.layers.rotary import rotary_positions
 from rxt_model.layers.transformer_layer import TransformerLayer
 from rxt_model.memory import ShortTermMemory

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from rxt_model.checkpoint.hub import Component, PretrainedModel
+from rxt_model.checks import check_attention_mask
 from rxt_model.config import MemoryAttentionConfig
-from rxt_model.decoder import check_attention_mask
 from rxt_model.memory import MemoryAttentionNetwork, ShortTermMemory
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from rxt_model.cache import SelfAttentionCache
 from rxt_model.checkpoint.hub import Component, PretrainedModel
+from rxt_model.checks import check_device, check_token_ids
 from rxt_model.config import StatelessConfig
-from rxt_model.decoder import CausalNetwork, HiddenStates, check_device, check_token_ids
+from rxt_model.decoder import CausalNetwork, HiddenStates
 from rxt_model.layers.rotary import rotary_positions
 from rxt_model.layers.transformer_layer import TransformerLayer
 

@@ -526,7 +526,9 @@ def test_batch_interactions_returns_what_streaming_gives(make: Callable[[], Mode
         favour_end(model, 3.0)
         model.set_batch_mode(True, batch_size=2)
     rows, _ = answers_of(streamed.batch_interact(**right_padded(prompts), **options), 2)
-    ids, mask = whole.batch_interactions(**right_padded(prompts), **options, answers_only=answers_only)
+    ids, mask = whole.batch_interactions(
+        **right_padded(prompts), **options, return_interactions_with_queries=not answers_only
+    )
     assert ids.shape == mask.shape == (2, 20)
     assert ids.dtype is torch.long
     assert mask.dtype is torch.bool

@@ -7,8 +7,8 @@ import importlib
 import pkgutil
 
 import pytest
-
 import rxt_benchmarks
+
 import rxt_kernels
 import rxt_model
 

@@ -139,7 +139,7 @@ def test_batched_conversations_equal_upstream_s(upstream: UpstreamRuns, version:
     for kind, answers_only in (("whole", False), ("answers", True)):
         model.load_stm_state(answer.inputs["memory_batch"])
         found, found_mask = model.batch_interactions(
-            ids, attention_mask=padded_mask, answers_only=answers_only, **options
+            ids, attention_mask=padded_mask, return_interactions_with_queries=not answers_only, **options
         )
         assert found.tolist() == answer.outputs[f"batch_{kind}"].tolist()
         assert found_mask.tolist() == answer.outputs[f"batch_{kind}_mask"].tolist()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from rxt_model.checks import check_token_ids
 from rxt_model.gradients import no_gradients
 from rxt_model.interaction.decoding import CachedDecoding, Decoding, Step, UncachedDecoding, padded, stream_tokens
 from rxt_model.interaction.sampling import Sampler, SamplingOptions, most_likely
@@ -139,8 +140,6 @@ class Conversation(TextInterface):
             TypeError, ValueError: ids or mask that do not fit, a batch that does not fit the memory, or ``force`` with a
                 length that is not the slot count.
         """
-        from rxt_model.decoder import check_token_ids
-
         check_token_ids(input_ids, attention_mask, self.decoder.config.vocab_size)
         _refuse_meta(input_ids, attention_mask)
         if isinstance(add_noise, bool) or not isinstance(add_noise, (int, float)) or not 0 <= add_noise < float("inf"):
@@ -353,12 +352,13 @@ class Conversation(TextInterface):
         use_self_attn_cache: bool = True,
         thinking_mode: str | None = None,
         seed: int | Sequence[int] | None = None,
-        answers_only: bool = False,
+        return_interactions_with_queries: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`batch_interact` without streaming.
 
         Args:
-            answers_only: return answers, which start with the token that opens them, instead of whole interactions.
+            return_interactions_with_queries: return whole interactions instead of answers, which start with the token that
+                opens them.
 
         Returns:
             ids (B, max_seq_len) int64, padded with 0, and their mask (B, max_seq_len) bool.
@@ -373,7 +373,7 @@ class Conversation(TextInterface):
                 rows = self._open.rows
             if int(step.tokens[0]) == MEMORY_UPDATE_END:
                 break
-        if answers_only:
+        if not return_interactions_with_queries:
             rows = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
         width = self._limit(max_seq_len)
         ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -384,8 +384,6 @@ class Conversation(TextInterface):
         return ids.to(self.device), mask.to(self.device)
 
     def _prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
-        from rxt_model.decoder import check_token_ids
-
         check_token_ids(input_ids, attention_mask, self.decoder.config.vocab_size)
         _refuse_meta(input_ids, attention_mask)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rxt_model.cache import SelfAttentionCache
+from rxt_model.checks import check_token_ids
 from rxt_model.config import TokenIds
-from rxt_model.decoder import check_token_ids
 from rxt_model.interaction.decoding import CachedDecoding, Decoding, UncachedDecoding, stream_tokens
 from rxt_model.interaction.sampling import Sampler, SamplingOptions
 from rxt_model.interaction.templates import fits
@@ -141,7 +141,9 @@ class StatelessConversation(TextInterface):
         """
         check_token_ids(input_ids, attention_mask, self.model.config.vocab_size)
         if input_ids.shape[0] != 1:
-            raise ValueError(f"input_ids has {input_ids.shape[0]} rows; interact takes one message, of shape (1, time).")
+            raise ValueError(
+                f"input_ids has {input_ids.shape[0]} rows; interact takes one message, of shape (1, time)."
+            )
         if self.keep_cache and not use_self_attn_cache:
             raise ValueError(
                 "use_self_attn_cache is False and this conversation keeps its cache; build it with keep_cache=False."

@@ -297,9 +297,7 @@ def measure_recall(
             ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
             mask = torch.arange(longest) < torch.tensor([len(prompt) for prompt in prompts])[:, None]
             # Room for the longest message, [A] and an answer; answers are one sentence.
-            produced, kept = model.batch_interactions(
-                ids, mask, temperature=0.0, max_seq_len=longest + ANSWER_LIMIT, answers_only=True
-            )
+            produced, kept = model.batch_interactions(ids, mask, temperature=0.0, max_seq_len=longest + ANSWER_LIMIT)
             return [
                 tokenizer.decode(row[keep].tolist(), skip_special_tokens=True).strip()
                 for row, keep in zip(produced, kept, strict=True)
