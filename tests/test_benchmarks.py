@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -478,6 +478,15 @@ def test_plots_are_two_png_files(tmp_path: Path) -> None:
 
 
 # the whole command
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A benchmark takes every core unless told otherwise; the next test must not."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(environment, "cores", lambda: before)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
