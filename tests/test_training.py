@@ -29,7 +29,7 @@ from rxt_model.training.recall import (
 
 DEMO = Path(__file__).parent.parent / "rxt_model" / "assets" / "demo"
 TINY = DemoShape(
-    vocab_size=400, embed_dim=32, num_layers=2, heads=4, query_heads=2, key_value_heads=2, slots=6,
+    vocab_size=400, embed_dim=32, num_layers=2, heads=4, query_heads=2, key_value_heads=2, memory_heads=4, slots=6,
     encoder_ff=32, expert_ff=16, experts=2, active_experts=1, seq_len=128,
 )  # fmt: skip
 SHORT = TrainingSettings(steps=6, warmup_steps=2, checkpoint_every=2, stages=(Stage(1.0, (3,), 12, 4),))
@@ -125,12 +125,25 @@ def test_recall_episodes_ask_at_the_distance_they_say(writer: EpisodeWriter, dis
 
 def test_dialogue_splits_share_no_conversation_and_state_no_facts() -> None:
     pytest.importorskip("chitchat_dataset")
-    dialogue = load_dialogue(max_words=12)
+    dialogue = load_dialogue()
     assert len(dialogue.train) > 10_000
     assert len(dialogue.held_out) > 1_000
-    assert all(len(query.split()) <= 12 and len(answer.split()) <= 12 for query, answer in dialogue.train)
+    assert all(len(query.split()) <= 10 and len(answer.split()) <= 6 for query, answer in dialogue.train)
     assert not any("my name is" in query.lower() for query, _ in dialogue.train + dialogue.held_out)
-    assert dialogue == load_dialogue(max_words=12)
+
+
+def test_probes_ask_what_the_conversation_told(writer: EpisodeWriter, tokenizer: Tokenizer) -> None:
+    for seed in range(20):
+        rng = random.Random(seed)
+        turns = writer.episode(rng, 8)
+        probes = writer.probes(rng, turns, 4)
+        assert probes
+        for probe in probes:
+            told = [i for i, turn in enumerate(turns[:-1]) if turn.kind != "ask" and probe.facts[0] in turn.facts]
+            assert probe.distance == len(turns) - 1 - told[-1]
+    batch = batch_episodes(tokenizer, [turns, turns], probes=[(1, probes[0])])
+    assert batch.memory_rows.tolist() == [*range(16), 15]
+    assert batch.row_turns[16] == probes[0]
 
 
 def test_batches_weigh_answers_only_and_mark_asked_values(tokenizer: Tokenizer) -> None:
@@ -265,12 +278,15 @@ def test_checkpoints_that_do_not_belong_are_refused(
     [
         (lambda: TrainingSettings(steps=0), "steps"),
         (lambda: TrainingSettings(learning_rate=-1.0), "learning_rate"),
-        (lambda: TrainingSettings(chat_rows=2.0), "chat_rows"),
+        (lambda: TrainingSettings(probes=-1), "probes"),
+        (lambda: Stage(1.0, (2,), 4, 3, chat_rows=2.0), "chat_rows"),
+        (lambda: Stage(1.0, (2,), 4, 3, emphasis="none"), "emphasis"),
         (lambda: TrainingSettings(checkpoint_every=0), "checkpoint_every"),
         (lambda: TrainingSettings(stages=()), "stages"),
         (lambda: Wording("test"), "split"),
         (lambda: attribute_named("shoe size"), "attribute"),
         (lambda: load_dialogue(max_words=0), "max_words"),
+        (lambda: load_dialogue(max_reply_words=0), "max_reply_words"),
         (lambda: load_dialogue(held_out_share=1.5), "held_out_share"),
         (lambda: EpisodeWriter(Wording("train"), ()).episode(random.Random(0), 1), "turns"),
         (lambda: EpisodeWriter(Wording("train"), ()).recall_episode(random.Random(0), 0), "distance"),
@@ -317,16 +333,15 @@ def test_recall_of_an_untrained_model_is_counted_and_leaves_it_alone(
 ) -> None:
     model.reset_stm(seed=4)
     before = model.export_stm_state()
-    report = measure_recall(model, distances=(1, 2), conversations=5, writer=writer)
-    report.extend(measure_recall(model, distances=(2,), conversations=5, writer=writer, condition="reset"))
-    assert [(p.condition, p.distance, p.asked) for p in report.points] == [("memory", 1, 5), ("memory", 2, 5), ("reset", 2, 5)]
+    report = measure_recall(model, distances=(1, 2), conversations=3, writer=writer)
+    report.extend(measure_recall(model, distances=(1,), conversations=3, writer=writer, condition="reset"))
+    assert [(p.condition, p.distance, p.asked) for p in report.points] == [("memory", 1, 3), ("memory", 2, 3), ("reset", 1, 3)]
     assert torch.equal(before, model.export_stm_state())
     save_report(report, tmp_path / "recall.json")
     again = RecallReport.from_json((tmp_path / "recall.json").read_text())
     assert again.points == report.points
     assert "| 2 |" in report.table()
-    same = measure_recall(model, distances=(1, 2), conversations=5, writer=writer)
-    assert same.points == report.points[:2]
+    assert measure_recall(model, distances=(2,), conversations=3, writer=writer).points == report.points[1:2]
 
 
 def test_recall_of_a_history_model_is_counted(tokenizer: Tokenizer, writer: EpisodeWriter) -> None:

@@ -46,15 +46,17 @@ TRAINING_STATE = "training-state.safetensors"
 class DemoShape:
     """Sizes of the demo model. The defaults give 1.97 M weights: 7.9 MB in float32."""
 
-    vocab_size: int = 3072
+    vocab_size: int = 2944
     embed_dim: int = 128
     num_layers: int = 3
     heads: int = 8
     query_heads: int = 4
     key_value_heads: int = 4
     slots: int = 48
-    encoder_ff: int = 192
-    expert_ff: int = 96
+    memory_heads: int = 8
+    context_heads: int = 2
+    encoder_ff: int = 160
+    expert_ff: int = 80
     experts: int = 4
     active_experts: int = 2
     seq_len: int = 256
@@ -63,15 +65,18 @@ class DemoShape:
 
 DEMO_SHAPE = DemoShape()
 DEMO_SETTINGS = TrainingSettings(
-    steps=3000,
+    steps=2500,
     learning_rate=2e-3,
     stages=(
-        Stage(0.04, (2,), 192, 3),
-        Stage(0.10, (4,), 192, 4),
-        Stage(0.22, (4, 8), 256, 6),
-        Stage(1.00, (4, 8, 12, 18), 288, 14),
+        Stage(0.08, (2,), 192, 3),
+        Stage(0.15, (4,), 192, 5),
+        Stage(0.25, (4, 8), 240, 8),
+        Stage(0.40, (4, 8, 12, 18), 252, 14, rate=0.5),
+        Stage(1.00, (4, 8, 12, 18), 216, 14, statement_rows=1.0, chat_rows=0.8, emphasis="answers", rate=0.45),
     ),
 )
+"""First what memory is for, in short and then in long conversations; then whole answers. Long episodes want small steps:
+at the full rate, training on eighteen turns became unstable."""
 
 
 def _tokenizer_texts(dialogue: DialogueTurns, seed: int) -> Iterator[str]:
@@ -109,13 +114,13 @@ def demo_model(tokenizer: Tokenizer, shape: DemoShape = DEMO_SHAPE, *, seed: int
         "num_layers": shape.num_layers,
         "embed_dim": shape.embed_dim,
         "att_heads": shape.heads,
-        "att_groups": shape.key_value_heads,
-        "att_query_groups": shape.query_heads,
         "seq_len": shape.seq_len,
         "stm_size": shape.slots,
     }
     transformer: dict[str, Any] = {
         **shared,
+        "att_groups": shape.key_value_heads,
+        "att_query_groups": shape.query_heads,
         "vocab_size": tokenizer.vocab_size,
         "num_shared_experts": 0,
         "moe_bias_mode": "local",
@@ -127,16 +132,31 @@ def demo_model(tokenizer: Tokenizer, shape: DemoShape = DEMO_SHAPE, *, seed: int
             use_moe=shape.experts > 1,
             num_experts=shape.experts,
             moe_top_k=shape.active_experts,
+            cross_att_groups=shape.memory_heads,
+            cross_att_query_groups=shape.memory_heads,
         ),
         TransformerConfig(**transformer, ff_dim=shape.encoder_ff, skip_memory_cross_attention=True),
         MemoryAttentionConfig(
-            **shared, use_gated_residual=True, residual_gate_type="linear", use_tanh_residual_gate=False
+            **shared,
+            att_groups=shape.memory_heads,
+            att_query_groups=shape.memory_heads,
+            interlayer_att_groups=shape.context_heads,
+            interlayer_att_query_groups=shape.context_heads,
+            use_gated_residual=True,
+            residual_gate_type="linear",
+            use_tanh_residual_gate=False,
         ),
         memory_attention_variant=shape.variant,
         tokenizer=tokenizer,
     )
     prepare_for_copying(model)
     return model
+
+
+def _matching_heads(attention: Any, basis: Tensor) -> None:
+    """Let queries find what resembles them: query and key projections start as the same orthonormal map."""
+    for projection in (attention.q_proj, attention.k_proj):
+        projection.weight.copy_(basis[: projection.weight.shape[0]])
 
 
 def _copying_heads(attention: Any, basis: Tensor) -> None:
@@ -161,7 +181,10 @@ def prepare_for_copying(model: RxTAlpha | SparseQueryTransformer) -> None:
 
     * embeddings are small (standard deviation 0.25) and the head starts as their copy;
     * all attentions that carry facts share one orthonormal value subspace, with outputs the transpose of values;
-    * memory gates start nearly closed, so that slots keep what they have, and open with their own slot's status.
+    * memory is written and read by resemblance at first: there queries and keys start as the same projection, so a new
+      fact goes where something like it is, and a question finds what is like it;
+    * memory gates start rather closed, some slots more than others, and depend on their own slot's status: slots keep
+      what they have for shorter or longer, and are opened by what is written.
     """
     width = model.config.embed_dim if isinstance(model, SparseQueryTransformer) else model.decoder.config.embed_dim
     basis = torch.linalg.qr(torch.randn(width, width))[0]
@@ -173,20 +196,22 @@ def prepare_for_copying(model: RxTAlpha | SparseQueryTransformer) -> None:
         _copying_heads(layer.attention, basis)
         if hasattr(layer, "memory_cross_attention"):
             _copying_heads(layer.memory_cross_attention, basis)
+            _matching_heads(layer.memory_cross_attention, basis)
     if isinstance(model, SparseQueryTransformer):
         return
     memory = model.memory_attention.model
     for attention in memory.attention_layers:
         _copying_heads(attention, basis)
+        _matching_heads(attention, basis)
     gates = [(memory.residual_gate_layers, -1.0)]
     if hasattr(memory, "mean_residual_gate_layers"):
         gates.append((memory.mean_residual_gate_layers, -3.0))
     for layers, bias in gates:
         for gate in layers:
             if isinstance(linear := gate.gate, nn.Linear):
-                linear.bias.fill_(bias)
+                linear.bias.copy_(torch.linspace(bias - 1.0, bias + 1.0, len(linear.bias)))
                 linear.weight.mul_(0.3)
-                linear.weight.diagonal().add_(4.0)
+                linear.weight.diagonal().add_(8.0)
 
 
 def stateless_model(tokenizer: Tokenizer, shape: DemoShape = DEMO_SHAPE, *, seed: int = 0) -> SparseQueryTransformer:

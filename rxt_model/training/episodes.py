@@ -21,6 +21,10 @@ from .facts import ATTRIBUTES, UNKNOWN_ANSWER, Wording, attribute_named
 __all__ = ["EpisodeBatch", "EpisodeWriter", "Turn", "batch_episodes", "encode_turn"]
 
 
+SMALL_TALK_SHARE = 0.3
+"""Share of chat that is small talk written for the model; the rest is real dialogue."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """One interaction.
@@ -104,6 +108,18 @@ class EpisodeWriter:
                 written.append(self._tell(rng, state, index, max_facts))
         return written
 
+    def probes(self, rng: random.Random, turns: Sequence[Turn], count: int) -> list[Turn]:
+        """Up to ``count`` questions about different facts that are known before the last of these turns."""
+        known: dict[str, tuple[str, int]] = {}
+        for index, turn in enumerate(turns[:-1]):
+            if turn.kind in ("tell", "update"):
+                known.update({key: (value, index) for key, value in turn.facts})
+        keys = rng.sample(list(known), min(count, len(known)))
+        return [self._question(rng, key, known[key][0], len(turns) - 1 - known[key][1]) for key in keys]
+
+    def _question(self, rng: random.Random, key: str, value: str, distance: int) -> Turn:
+        return Turn(self.wording.ask(rng, key), self.wording.answer(key, value), "ask", ((key, value),), distance)
+
     def recall_episode(
         self, rng: random.Random, distance: int, *, changed: bool = False, other_facts: float = 0.35, lead: int | None = None
     ) -> list[Turn]:
@@ -147,14 +163,12 @@ class EpisodeWriter:
         told_at = len(written) - 1
         while len(written) < told_at + distance:
             filler()
-        question = self.wording.ask(rng, attribute.key)
-        answer = self.wording.answer(attribute.key, value)
-        written.append(Turn(question, answer, "ask", ((attribute.key, value),), distance))
+        written.append(self._question(rng, attribute.key, value, distance))
         return written
 
     def chat(self, rng: random.Random) -> Turn:
         """A turn of real dialogue, now and then of small talk."""
-        query, answer = rng.choice(SMALL_TALK_TURNS if rng.random() < 0.12 else self.dialogue)
+        query, answer = rng.choice(SMALL_TALK_TURNS if rng.random() < SMALL_TALK_SHARE else self.dialogue)
         return Turn(query, answer, "chat")
 
     def unknown(self, rng: random.Random, state: _State) -> Turn:
@@ -195,9 +209,7 @@ class EpisodeWriter:
         fresh = [key for key in state.known if key not in state.asked]
         key = rng.choice(fresh) if fresh and rng.random() < 0.75 else rng.choice(list(state.known))
         state.asked.add(key)
-        value = state.known[key]
-        query, answer = self.wording.ask(rng, key), self.wording.answer(key, value)
-        return Turn(query, answer, "ask", ((key, value),), turn - state.told_at[key])
+        return self._question(rng, key, state.known[key], turn - state.told_at[key])
 
 
 @dataclass(frozen=True)
@@ -213,17 +225,26 @@ class EncodedTurn:
     value: list[bool]
 
 
-_WEIGHTS = {  # kind: (tokens of a value, other answer tokens)
-    "ask": (4.0, 0.5),
-    "tell": (1.0, 0.2),
-    "update": (1.0, 0.2),
-    "unknown": (1.0, 1.0),
-    "chat": (0.1, 0.1),
-}
+EMPHASES: dict[str, dict[str, tuple[float, float]]] = {
+    # kind of turn: (weight of value tokens, weight of other answer tokens)
+    "facts": {
+        "ask": (4.0, 0.5), "tell": (1.0, 0.2), "update": (1.0, 0.2), "unknown": (1.0, 1.0), "chat": (0.1, 0.1),
+    },
+    "answers": {
+        "ask": (4.0, 1.0), "tell": (4.0, 1.0), "update": (4.0, 1.0), "unknown": (1.0, 1.0), "chat": (1.0, 1.0),
+    },
+}  # fmt: skip
+"""Loss weights: ``"facts"`` teaches memory first, ``"answers"`` whole answers. A value tells more than its sentence."""
 
 
 def encode_turn(
-    tokenizer: Tokenizer, turn: Turn, query: list[int], answer: list[int], values: Sequence[list[int]], limit: int
+    tokenizer: Tokenizer,
+    turn: Turn,
+    query: list[int],
+    answer: list[int],
+    values: Sequence[list[int]],
+    limit: int,
+    emphasis: str = "answers",
 ) -> EncodedTurn:
     """Put the encoded parts of a turn into the Alpha template, cut to ``limit`` tokens at the end of the query."""
     special = tokenizer.special_tokens
@@ -233,7 +254,7 @@ def encode_turn(
     assert special.eos is not None
     query = query[: max(1, limit - len(answer) - 4)]
     ids = [special.bos, special.query, *query, special.answer, *answer, special.eos]
-    on_value, elsewhere = _WEIGHTS[turn.kind]
+    on_value, elsewhere = EMPHASES[emphasis][turn.kind]
     is_value = [False] * (len(answer) + 1)
     for part in values:
         for start in range(len(answer) - len(part) + 1):
@@ -246,7 +267,9 @@ def encode_turn(
 
 @dataclass(frozen=True)
 class EpisodeBatch:
-    """B episodes of N turns as R = B * N rows, row ``b * N + n`` being turn n of episode b.
+    """B episodes of N turns as rows, row ``b * N + n`` being turn n of episode b, followed by the rows of probes.
+
+    A probe is a further question that is answered with the memory of the last turn but is no part of the conversation.
 
     Attributes:
         ids: (R, T) int64, right-padded.
@@ -254,7 +277,9 @@ class EpisodeBatch:
         answer_start: (R,) int64, position of the first answer token.
         weights: (R, T) loss weight of predicting the token at each position; 0 outside answers.
         is_value: (R, T) bool, tokens of the value in answers to questions.
+        memory_rows: (R,) int64, the turn whose memory a row is answered with: its own, or the last one for a probe.
         turns: the text, per episode.
+        probes: the further questions, in the order of their rows.
     """
 
     ids: Tensor
@@ -262,7 +287,14 @@ class EpisodeBatch:
     answer_start: Tensor
     weights: Tensor
     is_value: Tensor
+    memory_rows: Tensor
     turns: list[list[Turn]]
+    probes: list[Turn]
+
+    @property
+    def row_turns(self) -> list[Turn]:
+        """The turn of every row."""
+        return [turn for episode in self.turns for turn in episode] + self.probes
 
     @property
     def size(self) -> int:
@@ -275,15 +307,31 @@ class EpisodeBatch:
         return len(self.turns[0])
 
 
-def batch_episodes(tokenizer: Tokenizer, episodes: Sequence[Sequence[Turn]], *, limit: int = 56) -> EpisodeBatch:
+def batch_episodes(
+    tokenizer: Tokenizer,
+    episodes: Sequence[Sequence[Turn]],
+    *,
+    probes: Sequence[tuple[int, Turn]] = (),
+    limit: int = 56,
+    emphasis: str = "answers",
+) -> EpisodeBatch:
     """Encode episodes of equal length.
+
+    Args:
+        tokenizer: of the model.
+        episodes: their turns.
+        probes: (episode, question) pairs, see :class:`EpisodeBatch`.
+        limit: most tokens of a turn; longer messages lose their end.
+        emphasis: loss weights, one of :data:`EMPHASES`.
 
     Raises:
         ValueError: if there are none or their lengths differ.
     """
     if not episodes or len({len(episode) for episode in episodes}) != 1:
         raise ValueError("episodes must be at least one, all with the same number of turns.")
-    turns = [turn for episode in episodes for turn in episode]
+    turns = [turn for episode in episodes for turn in episode] + [turn for _, turn in probes]
+    steps = len(episodes[0])
+    last_rows = [episode * steps + steps - 1 for episode, _ in probes]
     values = [value for turn in turns for _, value in turn.facts if value]
     texts = [turn.query for turn in turns] + [turn.answer for turn in turns] + values
     encoded = tokenizer.encode_ordinary_batch(texts)
@@ -293,7 +341,8 @@ def batch_episodes(tokenizer: Tokenizer, episodes: Sequence[Sequence[Turn]], *, 
         count = sum(1 for _, value in turn.facts if value)
         parts = encoded[position : position + count]
         position += count
-        rows.append(encode_turn(tokenizer, turn, encoded[index], encoded[len(turns) + index], parts, limit))
+        answer = encoded[len(turns) + index]
+        rows.append(encode_turn(tokenizer, turn, encoded[index], answer, parts, limit, emphasis))
     longest = max(len(row.ids) for row in rows)
     pad = tokenizer.special_tokens.pad or 0
     ids = torch.full((len(rows), longest), pad, dtype=torch.long)
@@ -310,5 +359,7 @@ def batch_episodes(tokenizer: Tokenizer, episodes: Sequence[Sequence[Turn]], *, 
         answer_start=torch.tensor([row.answer_start for row in rows]),
         weights=weights,
         is_value=is_value,
+        memory_rows=torch.tensor([*range(len(episodes) * steps), *last_rows]),
         turns=[list(episode) for episode in episodes],
+        probes=[turn for _, turn in probes],
     )

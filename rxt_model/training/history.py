@@ -28,10 +28,10 @@ def history_objective(
     del generator
     score = AnswerScore(batch)
     answered = torch.zeros(len(batch.ids), dtype=torch.bool)
-    answered[rows] = True
+    answered[rows[rows < batch.size * batch.steps]] = True  # a probe would need a context of its own
     balance: list[Tensor] = []
     # Similar lengths together; a few episodes at a time keeps attention maps small.
-    totals = batch.lengths.reshape(batch.size, batch.steps).sum(1)
+    totals = batch.lengths[: batch.size * batch.steps].reshape(batch.size, batch.steps).sum(1)
     order = torch.argsort(totals, stable=True)
     for part in order.split(max(1, 96 // batch.steps)):
         sequences, places = [], []

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from rxt_model.files import atomic_path
 from rxt_model.tokenizer import Tokenizer
 
-from .episodes import EpisodeBatch, EpisodeWriter, batch_episodes
+from .episodes import EMPHASES, EpisodeBatch, EpisodeWriter, batch_episodes
 
 __all__ = ["Stage", "StepResult", "TrainingSettings", "episode_loss", "initial_memory", "learning_rate", "train"]
 
@@ -57,12 +57,27 @@ class Stage:
         turns: lengths of episodes, one of which is drawn per step.
         rows: interactions per step; the number of episodes is ``rows // turns``.
         max_facts: most facts in one episode.
+        statement_rows: share of statements whose answers are trained; all turns are read and written into memory.
+        chat_rows: likewise for chat.
+        emphasis: loss weights, one of :data:`rxt_model.training.episodes.EMPHASES`.
+        rate: factor on the learning rate. Long episodes want a smaller one: their gradients pass through many updates.
     """
 
     until: float
     turns: tuple[int, ...]
     rows: int
     max_facts: int
+    statement_rows: float = 0.4
+    chat_rows: float = 0.3
+    emphasis: str = "facts"
+    rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("statement_rows", "chat_rows"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must lie between 0 and 1; it was {getattr(self, name)}.")
+        if self.emphasis not in EMPHASES:
+            raise ValueError(f"emphasis must be one of {', '.join(EMPHASES)}; it was {self.emphasis!r}.")
 
 
 DEFAULT_STAGES = (
@@ -78,6 +93,9 @@ DEFAULT_STAGES = (
 class TrainingSettings:
     """How long and how fast to train.
 
+    ``probes`` is the number of further questions asked of every episode's last
+    memory: cheap, because they are only decoded, and they ask for facts of every age.
+
     Raises:
         ValueError: for a value out of its range.
     """
@@ -90,7 +108,7 @@ class TrainingSettings:
     weight_decay: float = 0.02
     clip_norm: float = 1.0
     load_balance_weight: float = 0.01
-    chat_rows: float = 0.35
+    probes: int = 4
     token_limit: int = 56
     checkpoint_every: int = 100
     stages: tuple[Stage, ...] = DEFAULT_STAGES
@@ -100,8 +118,8 @@ class TrainingSettings:
             raise ValueError(f"steps must be at least 1; it was {self.steps}.")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive; it was {self.learning_rate}.")
-        if not 0.0 <= self.chat_rows <= 1.0:
-            raise ValueError(f"chat_rows must lie between 0 and 1; it was {self.chat_rows}.")
+        if self.probes < 0:
+            raise ValueError(f"probes must be at least 0; it was {self.probes}.")
         if self.checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be at least 1; it was {self.checkpoint_every}.")
         if self.warmup_steps < 0:
@@ -125,12 +143,13 @@ class StepResult:
 
 
 def learning_rate(settings: TrainingSettings, step: int) -> float:
-    """Linear warm-up, then a cosine down to ``final_learning_rate`` of the peak."""
+    """Linear warm-up, then a cosine down to ``final_learning_rate`` of the peak; times the rate of the stage."""
+    peak = settings.learning_rate * settings.stage(step).rate
     if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
+        return peak * (step + 1) / settings.warmup_steps
     progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
     floor = settings.final_learning_rate
-    return settings.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 def initial_memory(model: ReactiveModel, batch: int, generator: torch.Generator) -> Tensor:
@@ -173,8 +192,7 @@ class AnswerScore:
             balance_value = float(summed.detach())
             loss = loss + load_balance_weight * summed
         recall: dict[int, list[int]] = {}
-        flat = [turn for episode in self.batch.turns for turn in episode]
-        for turn, seen, wrong in zip(flat, self.seen.tolist(), self.wrong.tolist(), strict=True):
+        for turn, seen, wrong in zip(self.batch.row_turns, self.seen.tolist(), self.wrong.tolist(), strict=True):
             if seen and turn.kind == "ask":
                 counts = recall.setdefault(turn.distance, [0, 0])
                 counts[0] += not wrong
@@ -194,7 +212,7 @@ def _length_sorted(rows: Tensor, lengths: Tensor, chunk: int) -> Iterator[tuple[
 
 def encode_turns(model: ReactiveModel, batch: EpisodeBatch, *, chunk: int = 96) -> list[Tensor]:
     """Encoder states of every turn but the last, whose memory nobody reads: N - 1 tensors (L, B, T, D), zero-padded."""
-    rows = torch.arange(len(batch.ids)).reshape(batch.size, batch.steps)[:, :-1].t().reshape(-1)  # turn by turn
+    rows = torch.arange(batch.size * batch.steps).reshape(batch.size, batch.steps)[:, :-1].t().reshape(-1)  # turn by turn
     longest = int(batch.lengths[rows].max())
     parts, orders = [], []
     for part, length in _length_sorted(rows, batch.lengths, chunk):
@@ -259,7 +277,8 @@ def episode_loss(
     score = AnswerScore(batch)
     balance: list[Tensor] = []
     chunks = list(_length_sorted(rows, batch.lengths, chunk))
-    ordered = memories.index_select(1, torch.cat([part for part, _ in chunks])).split([len(part) for part, _ in chunks], 1)
+    order = batch.memory_rows[torch.cat([part for part, _ in chunks])]
+    ordered = memories.index_select(1, order).split([len(part) for part, _ in chunks], 1)
     for (part, length), memory_of_part in zip(chunks, ordered, strict=True):
         mask = torch.arange(length) < batch.lengths[part][:, None]
         states = model.decoder.hidden_states(batch.ids[part, :length], mask, memory_of_part)
@@ -274,17 +293,23 @@ def episode_loss(
 def training_batch(
     writer: EpisodeWriter, tokenizer: Tokenizer, settings: TrainingSettings, step: int
 ) -> tuple[EpisodeBatch, Tensor]:
-    """The batch of a step and the rows its decoder answers: all but some of the chat, which is there to be endured."""
+    """The batch of a step and the rows its decoder answers: every question, a share of statements and of chat."""
     rng = random.Random(f"{settings.seed}/{step}/episodes")
     stage = settings.stage(step)
     turns = rng.choice(stage.turns)
     count = max(1, stage.rows // turns)
     episodes = [writer.episode(rng, turns, max_facts=stage.max_facts) for _ in range(count)]
-    batch = batch_episodes(tokenizer, episodes, limit=settings.token_limit)
+    probes = [
+        (index, probe)
+        for index, episode in enumerate(episodes)
+        for probe in writer.probes(rng, episode, min(settings.probes, turns - 1))
+    ]
+    batch = batch_episodes(tokenizer, episodes, probes=probes, limit=settings.token_limit, emphasis=stage.emphasis)
+    share = {"chat": stage.chat_rows, "tell": stage.statement_rows, "update": stage.statement_rows}
     keep = [
         index
-        for index, turn in enumerate(turn for episode in episodes for turn in episode)
-        if turn.kind != "chat" or rng.random() < settings.chat_rows
+        for index, turn in enumerate(batch.row_turns)
+        if rng.random() < share.get(turn.kind, 1.0)
     ]
     return batch, torch.tensor(keep)
 
