@@ -84,7 +84,9 @@ def _from_package() -> list[list[str]]:
 
     result = []
     for conversation in chitchat_dataset.Dataset().values():
-        messages = [" ".join(" ".join(part["text"] for part in message).split()) for message in conversation["messages"]]
+        messages = [
+            " ".join(" ".join(part["text"] for part in message).split()) for message in conversation["messages"]
+        ]
         result.append([message for message in messages if message])
     return result
 
@@ -164,7 +166,9 @@ def conversation_turns(
     if len(messages) < 2 * turns or turns < 1:
         raise ValueError(f"messages holds {len(messages)}; {turns} turns need {2 * turns}, and at least one turn.")
     if query_tokens < 1 or answer_tokens < 1:
-        raise ValueError(f"query_tokens and answer_tokens are {query_tokens} and {answer_tokens}; each must be at least 1.")
+        raise ValueError(
+            f"query_tokens and answer_tokens are {query_tokens} and {answer_tokens}; each must be at least 1."
+        )
     encoded = tokenizer.encode_ordinary_batch(list(messages[: 2 * turns]))
     sides = encoded[0::2], encoded[1::2]
     if lengths == "equal":

@@ -1,6 +1,6 @@
 """Plots of saved results, one PNG for light and one for dark pages.
 
-    python -m rxt_benchmarks.plotting results/scaling.json --plot scaling.png
+python -m rxt_benchmarks.plotting results/scaling.json --plot scaling.png
 """
 
 from __future__ import annotations
@@ -212,16 +212,18 @@ def _dress(axes: Any, theme: Theme, panel: Panel, turns: int) -> None:
 
 def _say_overtaking(axes: Any, results: Results, theme: Theme, panel: Panel) -> None:
     """A title, under it where RxT gets ahead in words, and a point there."""
-    axes.text(
-        0, 1.135, panel.title, transform=axes.transAxes, color=theme.text, fontsize=13, fontweight="bold"
-    )
+    axes.text(0, 1.135, panel.title, transform=axes.transAxes, color=theme.text, fontsize=13, fontweight="bold")
     notes = []
     for found in results.summary["overtaking"]:
         if found["measure"] != panel.measure:
             continue
         turn, other = found["turn"], _SHORT[found["against"]]
         if turn is None:
-            words = {"ahead": f"ahead of {other} at the end", "level": f"level with {other}", "behind": f"behind {other}"}
+            words = {
+                "ahead": f"ahead of {other} at the end",
+                "level": f"level with {other}",
+                "behind": f"behind {other}",
+            }
             notes.append(words[found["verdict"]])
         elif turn == 1:
             notes.append(f"ahead of {other} throughout")

@@ -89,7 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="equal: every turn has the same number of tokens of real dialogue; real: every message as it was, cut at "
         "--query-tokens and --answer-tokens (default: %(default)s)",
     )
-    parser.add_argument("--query-tokens", type=int, metavar="N", help="tokens of a query (default: 22; real: at most 96)")
+    parser.add_argument(
+        "--query-tokens", type=int, metavar="N", help="tokens of a query (default: 22; real: at most 96)"
+    )
     parser.add_argument("--answer-tokens", type=int, metavar="N", help="likewise of an answer")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json (default: one trained on the dialogues)")
     parser.add_argument("--seed", type=int, default=default.seed, help="of weights and conversations")

@@ -79,9 +79,7 @@ def make_rows(
             if repeats == 0:
                 break
             times = samples[system.name][number][:repeats]
-            pairs = [
-                (conversations[repeat][number], int(before[repeat][number])) for repeat in range(repeats)
-            ]
+            pairs = [(conversations[repeat][number], int(before[repeat][number])) for repeat in range(repeats)]
             for repeat, one in enumerate(times):
                 cumulative[repeat] += one.latency + one.memory_update
             flops = [system.flops(turn, history) for turn, history in pairs]
@@ -158,9 +156,7 @@ class _Curves:
 
 
 def _estimate(estimate: Estimate) -> dict[str, float | None]:
-    return {
-        name: None if value is None else round(value, 4) for name, value in estimate._asdict().items()
-    }
+    return {name: None if value is None else round(value, 4) for name, value in estimate._asdict().items()}
 
 
 def _exponents(curves: _Curves) -> dict[str, Any] | None:
@@ -277,9 +273,7 @@ def _arithmetic(systems: Sequence[System], shape: Mapping[str, int]) -> list[dic
     return found
 
 
-def _against_limits(
-    curves: _Curves, system: System, limits: Mapping[str, float]
-) -> dict[str, dict[str, float]]:
+def _against_limits(curves: _Curves, system: System, limits: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """How far the last turn is from what the machine could do: bytes to be read, and operations to be done."""
     shape = curves.rows[-1]["shape"]
     steps = shape["answer"] - 1

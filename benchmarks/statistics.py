@@ -8,7 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Estimate", "Percentiles", "exponent", "mean_with_interval", "overtaking_turn", "percentiles", "running_median"]
+__all__ = [
+    "Estimate",
+    "Percentiles",
+    "exponent",
+    "mean_with_interval",
+    "overtaking_turn",
+    "percentiles",
+    "running_median",
+]
 
 # Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the normal distribution's.
 _STUDENT_T = (

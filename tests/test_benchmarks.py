@@ -82,7 +82,9 @@ def test_interval_is_student_t() -> None:
     assert estimate.value == 2.0
     assert estimate.high == pytest.approx(2.0 + 4.303 / math.sqrt(3), rel=1e-3)
     assert statistics.mean_with_interval([5.0]) == (5.0, None, None)
-    assert statistics.mean_with_interval([1.0, 2.0] * 40).high == pytest.approx(1.5 + 1.96 * 0.5 / math.sqrt(79), rel=0.01)
+    assert statistics.mean_with_interval([1.0, 2.0] * 40).high == pytest.approx(
+        1.5 + 1.96 * 0.5 / math.sqrt(79), rel=0.01
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,12 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
-    [({"p20": 2.5}, "out of order"), ({"p80": math.inf}, "not finite"), ({"dtype": None}, "dtype"), ({"p50": "2"}, "p50")],
+    [
+        ({"p20": 2.5}, "out of order"),
+        ({"p80": math.inf}, "not finite"),
+        ({"dtype": None}, "dtype"),
+        ({"p50": "2"}, "p50"),
+    ],
 )
 def test_rows_that_break_the_schema_are_not_written(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(results.ResultsError, match=sentence):
@@ -169,9 +176,7 @@ def test_turns_are_real_text_in_the_template(lengths: Any) -> None:
     dialogues = load_dialogues(20, use_package=False)
     tokenizer = dialogue_tokenizer(dialogues, 1000)
     messages = dialogues.conversations[0]
-    turns = conversation_turns(
-        messages, tokenizer, TOKENS, 20, lengths=lengths, query_tokens=9, answer_tokens=7
-    )
+    turns = conversation_turns(messages, tokenizer, TOKENS, 20, lengths=lengths, query_tokens=9, answer_tokens=7)
     assert len(turns) == 20
     for turn in turns:
         assert turn.prompt[:2] == (2, 5)
@@ -382,7 +387,8 @@ def known_results(turns: int = 64, repeats: int = 3) -> tuple[results.Results, A
         lambda n: TurnTimes(0.1, 0.9, 0.0, 100 * n),
     ]
     samples = {
-        system.name: [[cost(n)] * repeats for n in range(1, turns + 1)] for system, cost in zip(made, costs, strict=True)
+        system.name: [[cost(n)] * repeats for n in range(1, turns + 1)]
+        for system, cost in zip(made, costs, strict=True)
     }
     rows = scaling_report.make_rows(made, [turns_of(turns)] * repeats, samples, backend="reference")
     settings = dataclasses.asdict(scaling.Settings(turns=turns, repeats=repeats)) | {"dialogues": "none"}
@@ -500,9 +506,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 COMMAND = ["--turns", "9", "--repeats", "2", "--query-tokens", "4", "--answer-tokens", "3", "--threads", "1"]
 
 
-def test_command_measures_saves_and_draws(
-    quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_measures_saves_and_draws(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "scaling.json"
     assert scaling.main([*COMMAND, "--json", str(path), "--plot", str(tmp_path / "scaling.png")]) == 0
     printed = capsys.readouterr().out

@@ -150,7 +150,11 @@ def test_text_in_and_text_out() -> None:
         (lambda m: StatelessConversation(m, TOKENS).interact(torch.ones(2, 3).long()), ValueError, "2 rows"),
         (lambda m: StatelessConversation(m, TOKENS).interact(torch.ones(1, 3)), TypeError, "float32"),
         (lambda m: StatelessConversation(m, TOKENS).interact(message(60)), ValueError, "0 to 59"),
-        (lambda m: StatelessConversation(m, TOKENS).interact(message(1), max_seq_len=4), ValueError, "max_seq_len is 4"),
+        (
+            lambda m: StatelessConversation(m, TOKENS).interact(message(1), max_seq_len=4),
+            ValueError,
+            "max_seq_len is 4",
+        ),
         (lambda m: StatelessConversation(m, TOKENS).interact(message(1), temperature=-1.0), ValueError, "temperature"),
         (
             lambda m: StatelessConversation(m, TOKENS).interact(message(1), torch.zeros(1, 3, dtype=torch.bool)),
@@ -163,7 +167,11 @@ def test_text_in_and_text_out() -> None:
             "keep_cache=False",
         ),
         (lambda m: StatelessConversation(m, TOKENS, max_history=4).interact(message(1)), ValueError, "max_history = 4"),
-        (lambda m: StatelessConversation(m, TOKENS).stream([1], Sampler(SamplingOptions()), 0), ValueError, "budget is 0"),
+        (
+            lambda m: StatelessConversation(m, TOKENS).stream([1], Sampler(SamplingOptions()), 0),
+            ValueError,
+            "budget is 0",
+        ),
         (lambda m: StatelessConversation(m, TOKENS).tokenize_query("hello"), ValueError, "no tokenizer"),
     ],
 )
