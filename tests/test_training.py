@@ -158,7 +158,8 @@ def test_batches_weigh_answers_only_and_mark_asked_values(tokenizer: Tokenizer) 
         assert batch.ids[row, start - 1] == special.answer
         assert batch.ids[row, end - 1] == special.eos
         assert (batch.weights[row, start:end] > 0).all()
-        assert batch.weights[row, :start].sum() == batch.weights[row, end:].sum() == 0
+        assert (batch.weights[row, 2 : start - 1] < 0.5).all()
+        assert batch.weights[row, :2].sum() == batch.weights[row, start - 1] == batch.weights[row, end:].sum() == 0
     assert not batch.is_value[0].any()
     assert tokenizer.decode(batch.ids[1][batch.is_value[1]].tolist()) == "Anna"
 

@@ -21,8 +21,9 @@ from .facts import ATTRIBUTES, UNKNOWN_ANSWER, Wording, attribute_named
 __all__ = ["EpisodeBatch", "EpisodeWriter", "Turn", "batch_episodes", "encode_turn"]
 
 
-SMALL_TALK_SHARE = 0.3
+SMALL_TALK_SHARE = 0.4
 """Share of chat that is small talk written for the model; the rest is real dialogue."""
+_SMALL_TALK = frozenset(SMALL_TALK_TURNS)
 
 
 @dataclass(frozen=True)
@@ -226,15 +227,19 @@ class EncodedTurn:
 
 
 EMPHASES: dict[str, dict[str, tuple[float, float]]] = {
-    # kind of turn: (weight of value tokens, weight of other answer tokens)
+    # kind of turn: (weight of value tokens, weight of other answer tokens); and of the tokens of queries
     "facts": {
         "ask": (4.0, 0.5), "tell": (1.0, 0.2), "update": (1.0, 0.2), "unknown": (1.0, 1.0), "chat": (0.1, 0.1),
+        "small talk": (0.1, 0.1), "query": (0.0, 0.0),
     },
     "answers": {
-        "ask": (4.0, 1.0), "tell": (4.0, 1.0), "update": (4.0, 1.0), "unknown": (1.0, 1.0), "chat": (1.0, 1.0),
+        "ask": (3.0, 1.0), "tell": (4.0, 2.0), "update": (4.0, 2.0), "unknown": (2.0, 2.0), "chat": (1.0, 1.0),
+        "small talk": (3.0, 3.0), "query": (0.0, 0.15),
     },
 }  # fmt: skip
-"""Loss weights: ``"facts"`` teaches memory first, ``"answers"`` whole answers. A value tells more than its sentence."""
+"""Loss weights: ``"facts"`` teaches memory first, ``"answers"`` whole answers and a little language modelling of queries.
+
+A value tells more than the sentence around it. Chat is most of what is said and least of what can be learned."""
 
 
 def encode_turn(
@@ -254,7 +259,8 @@ def encode_turn(
     assert special.eos is not None
     query = query[: max(1, limit - len(answer) - 4)]
     ids = [special.bos, special.query, *query, special.answer, *answer, special.eos]
-    on_value, elsewhere = EMPHASES[emphasis][turn.kind]
+    is_small_talk = turn.kind == "chat" and (turn.query, turn.answer) in _SMALL_TALK
+    on_value, elsewhere = EMPHASES[emphasis]["small talk" if is_small_talk else turn.kind]
     is_value = [False] * (len(answer) + 1)
     for part in values:
         for start in range(len(answer) - len(part) + 1):
@@ -275,7 +281,7 @@ class EpisodeBatch:
         ids: (R, T) int64, right-padded.
         lengths: (R,) int64.
         answer_start: (R,) int64, position of the first answer token.
-        weights: (R, T) loss weight of predicting the token at each position; 0 outside answers.
+        weights: (R, T) loss weight of predicting the token at each position; small in queries, 0 at control tokens.
         is_value: (R, T) bool, tokens of the value in answers to questions.
         memory_rows: (R,) int64, the turn whose memory a row is answered with: its own, or the last one for a probe.
         turns: the text, per episode.
@@ -350,6 +356,7 @@ def batch_episodes(
     is_value = torch.zeros(len(rows), longest, dtype=torch.bool)
     for index, (row, turn) in enumerate(zip(rows, turns, strict=True)):
         ids[index, : len(row.ids)] = torch.tensor(row.ids)
+        weights[index, 2 : row.answer_start - 1] = EMPHASES[emphasis]["query"][1]
         weights[index, row.answer_start : len(row.ids)] = torch.tensor(row.weights)
         if turn.kind == "ask":
             is_value[index, row.answer_start : len(row.ids)] = torch.tensor(row.value)

@@ -108,7 +108,7 @@ class TrainingSettings:
     weight_decay: float = 0.02
     clip_norm: float = 1.0
     load_balance_weight: float = 0.01
-    probes: int = 4
+    probes: int = 3
     token_limit: int = 56
     checkpoint_every: int = 100
     stages: tuple[Stage, ...] = DEFAULT_STAGES
