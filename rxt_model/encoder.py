@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rxt_model.checkpoint.hub import Component, PretrainedModel
 from rxt_model.checks import check_device, check_token_ids
 from rxt_model.config import TransformerConfig
+from rxt_model.decoder import HiddenStates, mean_of_losses
 from rxt_model.layers.rotary import rotary_positions
 from rxt_model.layers.transformer_layer import TransformerLayer
 from rxt_model.memory import ShortTermMemory
@@ -25,6 +26,12 @@ class EncoderNetwork(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        for name in ("stateless_layers_config", "final_stateless_layers_config", "use_head_norm"):
+            if getattr(config, name):
+                raise ValueError(
+                    f"{name} is {getattr(config, name)!r} in an encoder's configuration; only decoders have stateless layers "
+                    "and a vocabulary head. Leave it out."
+                )
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
         self.has_cross_attention = not config.skip_memory_cross_attention
@@ -42,20 +49,21 @@ class EncoderNetwork(nn.Module):
         )
         self.rotary = rotary_positions(config)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The residual stream after every layer, (L, B, T, D)."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> HiddenStates:
+        """The residual stream after every layer, (L, B, T, D), and the load-balance loss of layers with experts."""
         x = self.embedding(input_ids)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         angles = None if self.rotary is None else self.rotary.angles(positions, x.dtype)
-        states = []
+        states, losses = [], []
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, TransformerLayer)
             memory = None
             if self.stm is not None and self.config.reads_memory:
                 memory = layer.project_memory(self.stm.memory[index])
-            x, _ = layer(x, angles, causal=False, attention_mask=attention_mask, memory=memory)
+            x, loss = layer(x, angles, causal=False, attention_mask=attention_mask, memory=memory)
             states.append(x)
-        return torch.stack(states)
+            losses.append(loss)
+        return HiddenStates(torch.stack(states), mean_of_losses(losses))
 
 
 class RxTEncoder(PretrainedModel):
@@ -86,7 +94,7 @@ class RxTEncoder(PretrainedModel):
     def _config(self) -> dict[str, Any]:
         return self.config.to_dict()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> HiddenStates:
         """Encode an interaction.
 
         Args:
@@ -94,7 +102,8 @@ class RxTEncoder(PretrainedModel):
             attention_mask: (B, T) bool, True at real tokens.
 
         Returns:
-            (L, B, T, D): the residual stream after every layer, without a final norm.
+            ``hidden`` (L, B, T, D): the residual stream after every layer, without a final norm; ``load_balance_loss``, a
+            scalar, or None for an encoder without experts.
 
         Raises:
             TypeError, ValueError: ids or mask that do not fit, named in a sentence.
@@ -102,5 +111,9 @@ class RxTEncoder(PretrainedModel):
         check_token_ids(input_ids, attention_mask, self.config.vocab_size)
         check_device("input_ids", input_ids, self.model.embedding.weight)
         check_device("attention_mask", attention_mask, self.model.embedding.weight)
-        states: Tensor = self.model(input_ids, None if attention_mask is None else attention_mask.bool())
+        states: HiddenStates = self.model(input_ids, None if attention_mask is None else attention_mask.bool())
         return states
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The states (L, B, T, D) of every layer; arguments as in :meth:`hidden_states`."""
+        return self.hidden_states(input_ids, attention_mask).hidden

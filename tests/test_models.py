@@ -772,3 +772,21 @@ def test_the_decoder_is_exported() -> None:
             torch.testing.assert_close(
                 program.module()(ids, None, memory), model(ids, None, memory), atol=1e-5, rtol=1e-5
             )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("stateless_layers_config", ("dense",)), ("final_stateless_layers_config", ("dense",)), ("use_head_norm", True)],
+)
+def test_encoders_refuse_what_only_decoders_have(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{field} is .* only decoders"):
+        RxTEncoder(encoder_config(**{field: value}))
+
+
+def test_an_encoder_with_experts_tells_its_load_balance_loss() -> None:
+    encoder = RxTEncoder(encoder_config(use_moe=True, num_experts=4, moe_top_k=2, num_shared_experts=0))
+    states, loss = encoder.hidden_states(ids_of([5]))
+    assert torch.equal(states, encoder(ids_of([5])))
+    assert loss is not None
+    assert loss.requires_grad
+    assert RxTEncoder(encoder_config()).hidden_states(ids_of([5])).load_balance_loss is None
