@@ -164,6 +164,18 @@ def test_batches_weigh_answers_only_and_mark_asked_values(tokenizer: Tokenizer) 
     assert tokenizer.decode(batch.ids[1][batch.is_value[1]].tolist()) == "Anna"
 
 
+def test_memory_may_hear_a_mistake_that_is_not_trained(writer: EpisodeWriter, tokenizer: Tokenizer) -> None:
+    turns = writer.episode(random.Random(3), 4)
+    plain = batch_episodes(tokenizer, [turns])
+    wrong = batch_episodes(tokenizer, [turns], mistakes={1: "Your name is Hugo."})
+    assert torch.equal(plain.ids, wrong.ids)
+    assert torch.equal(plain.heard_ids[0, : plain.heard_lengths[0]], plain.ids[0, : plain.lengths[0]])
+    heard = tokenizer.decode(wrong.heard_ids[1, : wrong.heard_lengths[1]].tolist(), skip_special_tokens=True)
+    assert heard.startswith(turns[1].query)
+    assert heard.endswith("Your name is Hugo.")
+    assert "{" not in " ".join(writer.mistake(random.Random(seed), turn) for seed in range(30) for turn in turns)
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 

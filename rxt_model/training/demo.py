@@ -72,9 +72,12 @@ DEMO_SETTINGS = TrainingSettings(
         Stage(0.15, (4,), 192, 5),
         Stage(0.25, (4, 8), 240, 8),
         Stage(0.40, (4, 8, 12, 18), 252, 14, rate=0.5),
-        Stage(1.00, (4, 8, 12, 18), 216, 14, statement_rows=1.0, chat_rows=0.8, emphasis="answers", rate=0.9),
+        Stage(
+            1.00, (4, 8, 12, 18), 216, 14,
+            statement_rows=1.0, chat_rows=0.8, emphasis="answers", mistakes=0.35, rate=0.9,
+        ),
     ),
-)
+)  # fmt: skip
 """First what memory is for, in short and then in long conversations; then whole answers. Long episodes want small steps:
 at the full rate, training on eighteen turns became unstable."""
 

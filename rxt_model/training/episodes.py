@@ -7,7 +7,7 @@ An episode is a list of :class:`Turn`. Training episodes mix everything at rando
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -117,6 +117,20 @@ class EpisodeWriter:
                 known.update({key: (value, index) for key, value in turn.facts})
         keys = rng.sample(list(known), min(count, len(known)))
         return [self._question(rng, key, known[key][0], len(turns) - 1 - known[key][1]) for key in keys]
+
+    def mistake(self, rng: random.Random, turn: Turn) -> str:
+        """An answer as a model that is wrong might give it: about another fact, another value, or beside the point."""
+        draw = rng.random()
+        if draw < 0.25:
+            return self.chat(rng).answer
+        if draw < 0.5 and turn.facts:
+            facts = [(key, rng.choice(attribute_named(key).values)) for key, _ in turn.facts]
+        else:
+            attribute = rng.choice(ATTRIBUTES)
+            facts = [(attribute.key, rng.choice(attribute.values))]
+        if turn.kind in ("ask", "unknown"):
+            return self.wording.answer(*facts[0])
+        return self.wording.acknowledge(rng, facts, changed=rng.random() < 0.3)
 
     def _question(self, rng: random.Random, key: str, value: str, distance: int) -> Turn:
         return Turn(self.wording.ask(rng, key), self.wording.answer(key, value), "ask", ((key, value),), distance)
@@ -283,6 +297,8 @@ class EpisodeBatch:
         answer_start: (R,) int64, position of the first answer token.
         weights: (R, T) loss weight of predicting the token at each position; small in queries, 0 at control tokens.
         is_value: (R, T) bool, tokens of the value in answers to questions.
+        heard_ids: (B * N, T') int64, the turns as memory hears them: like ``ids``, or with a mistaken answer in it.
+        heard_lengths: (B * N,) int64.
         memory_rows: (R,) int64, the turn whose memory a row is answered with: its own, or the last one for a probe.
         turns: the text, per episode.
         probes: the further questions, in the order of their rows.
@@ -293,6 +309,8 @@ class EpisodeBatch:
     answer_start: Tensor
     weights: Tensor
     is_value: Tensor
+    heard_ids: Tensor
+    heard_lengths: Tensor
     memory_rows: Tensor
     turns: list[list[Turn]]
     probes: list[Turn]
@@ -318,6 +336,7 @@ def batch_episodes(
     episodes: Sequence[Sequence[Turn]],
     *,
     probes: Sequence[tuple[int, Turn]] = (),
+    mistakes: Mapping[int, str] | None = None,
     limit: int = 56,
     emphasis: str = "answers",
 ) -> EpisodeBatch:
@@ -327,6 +346,7 @@ def batch_episodes(
         tokenizer: of the model.
         episodes: their turns.
         probes: (episode, question) pairs, see :class:`EpisodeBatch`.
+        mistakes: answers that memory hears instead of the reference, by row.
         limit: most tokens of a turn; longer messages lose their end.
         emphasis: loss weights, one of :data:`EMPHASES`.
 
@@ -360,7 +380,19 @@ def batch_episodes(
         weights[index, row.answer_start : len(row.ids)] = torch.tensor(row.weights)
         if turn.kind == "ask":
             is_value[index, row.answer_start : len(row.ids)] = torch.tensor(row.value)
+    count = len(episodes) * steps
+    wrong = dict(mistakes or {})
+    wrong_ids = dict(zip(wrong, tokenizer.encode_ordinary_batch(list(wrong.values())), strict=True)) if wrong else {}
+    heard = [
+        encode_turn(tokenizer, turns[row], encoded[row], wrong_ids[row], [], limit).ids if row in wrong_ids else rows[row].ids
+        for row in range(count)
+    ]
+    heard_ids = torch.full((count, max(map(len, heard))), pad, dtype=torch.long)
+    for row, row_ids in enumerate(heard):
+        heard_ids[row, : len(row_ids)] = torch.tensor(row_ids)
     return EpisodeBatch(
+        heard_ids=heard_ids,
+        heard_lengths=torch.tensor([len(row_ids) for row_ids in heard]),
         ids=ids,
         lengths=torch.tensor([len(row.ids) for row in rows]),
         answer_start=torch.tensor([row.answer_start for row in rows]),

@@ -60,6 +60,8 @@ class Stage:
         statement_rows: share of statements whose answers are trained; all turns are read and written into memory.
         chat_rows: likewise for chat.
         emphasis: loss weights, one of :data:`rxt_model.training.episodes.EMPHASES`.
+        mistakes: share of answers that memory hears wrong. A model that talks hears its own mistakes; it must remember
+            what the user said, not what it made of it.
         rate: factor on the learning rate. Long episodes want a smaller one: their gradients pass through many updates.
     """
 
@@ -70,10 +72,11 @@ class Stage:
     statement_rows: float = 0.4
     chat_rows: float = 0.3
     emphasis: str = "facts"
+    mistakes: float = 0.0
     rate: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("statement_rows", "chat_rows"):
+        for name in ("statement_rows", "chat_rows", "mistakes"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must lie between 0 and 1; it was {getattr(self, name)}.")
         if self.emphasis not in EMPHASES:
@@ -213,13 +216,13 @@ def _length_sorted(rows: Tensor, lengths: Tensor, chunk: int) -> Iterator[tuple[
 def encode_turns(model: ReactiveModel, batch: EpisodeBatch, *, chunk: int = 96) -> list[Tensor]:
     """Encoder states of every turn but the last, whose memory nobody reads: N - 1 tensors (L, B, T, D), zero-padded."""
     rows = torch.arange(batch.size * batch.steps).reshape(batch.size, batch.steps)[:, :-1].t().reshape(-1)  # turn by turn
-    longest = int(batch.lengths[rows].max())
+    longest = int(batch.heard_lengths[rows].max())
     parts, orders = [], []
-    for part, length in _length_sorted(rows, batch.lengths, chunk):
-        mask = torch.arange(length) < batch.lengths[part][:, None]
-        parts.append(functional.pad(model.encoder(batch.ids[part, :length], mask), (0, 0, 0, longest - length)))
+    for part, length in _length_sorted(rows, batch.heard_lengths, chunk):
+        mask = torch.arange(length) < batch.heard_lengths[part][:, None]
+        parts.append(functional.pad(model.encoder(batch.heard_ids[part, :length], mask), (0, 0, 0, longest - length)))
         orders.append(part)
-    position = torch.empty(len(batch.ids), dtype=torch.long)
+    position = torch.empty(len(batch.heard_ids), dtype=torch.long)
     position[torch.cat(orders)] = torch.arange(len(rows))
     encoded = torch.cat(parts, dim=1).index_select(1, position[rows])
     return list(encoded.unflatten(1, (batch.steps - 1, batch.size)).unbind(1))
@@ -243,7 +246,7 @@ def unroll_memory(
         before += [reset(turn) for turn in range(1, steps)]
     elif steps > 1:
         for turn, encoded in enumerate(encode_turns(model, batch)):
-            lengths = batch.lengths[index + turn]
+            lengths = batch.heard_lengths[index + turn]
             longest = int(lengths.max())
             mask = torch.arange(longest) < lengths[:, None]
             memory = model.memory_attention(encoded[:, :, :longest], mask, memory)
@@ -304,7 +307,19 @@ def training_batch(
         for index, episode in enumerate(episodes)
         for probe in writer.probes(rng, episode, min(settings.probes, turns - 1))
     ]
-    batch = batch_episodes(tokenizer, episodes, probes=probes, limit=settings.token_limit, emphasis=stage.emphasis)
+    mistakes = {
+        row: writer.mistake(rng, turn)
+        for row, turn in enumerate(turn for episode in episodes for turn in episode)
+        if rng.random() < stage.mistakes
+    }
+    batch = batch_episodes(
+        tokenizer,
+        episodes,
+        probes=probes,
+        mistakes=mistakes,
+        limit=settings.token_limit,
+        emphasis=stage.emphasis,
+    )
     share = {"chat": stage.chat_rows, "tell": stage.statement_rows, "update": stage.statement_rows}
     keep = [
         index
