@@ -1,10 +1,11 @@
 """How long does the model remember? Recall against distance, with its controls, saved and drawn.
 
-    python -m benchmarks.memory --model rxt_model/assets/demo [--history DIRECTORY] [--conversations 200]
-    python -m benchmarks.memory --plot-only
+    python -m rxt_benchmarks.memory --model rxt_model/assets/demo [--history DIRECTORY] [--conversations 200]
+    python -m rxt_benchmarks.memory --plot-only
 
-Four curves: the model; the model asked for facts that were changed on the way; the same weights with memory drawn anew
-before every turn; and, if ``--history`` names one, a stateless language model that reads the whole conversation again.
+The curves: the model; the model while it hears reference answers instead of its own; the model asked for facts that were
+changed on the way; the same weights with memory drawn anew before every turn; and, if ``--history`` names one, a
+stateless language model that reads the whole conversation again.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ NAME = "recall"
 _CURVES = {
     # (condition, changed): label, colour legible on light and dark, marker
     ("memory", False): ("RxT, fixed-size memory", "#2f81f7", "o"),
+    ("reference", False): ("RxT, hearing reference answers", "#a371f7", "D"),
     ("memory", True): ("RxT, fact changed on the way", "#e8590c", "s"),
     ("history", False): ("stateless LLM re-reading the whole history", "#2f9e44", "^"),
     ("history", True): ("stateless LLM, fact changed", "#94a336", "v"),
@@ -57,7 +59,10 @@ def measure(model_path: Path, history_path: Path | None, conversations: int, dis
     report.environment["model_parameters"] = sum(p.numel() for p in model.parameters())
     few = [d for d in distances if d in (1, 2, 4, 8, 12, 16)] or list(distances)
     report.extend(measure_recall(model, distances=distances, conversations=conversations, changed=True, progress=show))
-    report.extend(measure_recall(model, distances=few, conversations=conversations, condition="reset", progress=show))
+    for condition in ("reference", "reset"):
+        report.extend(
+            measure_recall(model, distances=few, conversations=conversations, condition=condition, progress=show)
+        )
     if history_path is not None:
         stateless = SparseQueryTransformer.from_pretrained(history_path)
         tokenizer = model.tokenizer or Tokenizer.from_pretrained(model_path)
@@ -91,11 +96,15 @@ def plot(report: RecallReport, path: Path) -> None:
         share = [100 * p.share for p in points]
         bounds = [wilson_interval(p.right, p.asked) for p in points]
         axes.plot(at, share, color=colour, marker=marker, markersize=5, linewidth=2, label=label)
-        axes.fill_between(at, [100 * b[0] for b in bounds], [100 * b[1] for b in bounds], color=colour, alpha=0.18, lw=0)
+        axes.fill_between(
+            at, [100 * b[0] for b in bounds], [100 * b[1] for b in bounds], color=colour, alpha=0.18, lw=0
+        )
     asked = report.points[0].asked if report.points else 0
     axes.set_xlabel("turns between telling a fact and asking for it", color=ink)
     axes.set_ylabel("answered right (%)", color=ink)
-    axes.set_title(f"Recall on wording never seen in training (n = {asked} per point, 95% interval)", color=ink, fontsize=10)
+    axes.set_title(
+        f"Recall on wording never seen in training (n = {asked} per point, 95% interval)", color=ink, fontsize=10
+    )
     axes.set_ylim(0, 102)
     axes.set_xticks(sorted({p.distance for p in report.points}))
     axes.tick_params(colors=ink)
@@ -113,7 +122,7 @@ def plot(report: RecallReport, path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m rxt_benchmarks.memory", description=__doc__)
     parser.add_argument("--model", type=Path, default=Path(__file__).parent.parent / "rxt_model" / "assets" / "demo")
     parser.add_argument("--history", type=Path, help="directory of a trained stateless model")
     parser.add_argument("--conversations", type=int, default=200, help="per distance and curve")

@@ -388,11 +388,11 @@ def batch_episodes(
         for row in range(count)
     ]
     heard_ids = torch.full((count, max(map(len, heard))), pad, dtype=torch.long)
-    for row, row_ids in enumerate(heard):
-        heard_ids[row, : len(row_ids)] = torch.tensor(row_ids)
+    for index, heard_row in enumerate(heard):
+        heard_ids[index, : len(heard_row)] = torch.tensor(heard_row)
     return EpisodeBatch(
         heard_ids=heard_ids,
-        heard_lengths=torch.tensor([len(row_ids) for row_ids in heard]),
+        heard_lengths=torch.tensor([len(heard_row) for heard_row in heard]),
         ids=ids,
         lengths=torch.tensor([len(row.ids) for row in rows]),
         answer_start=torch.tensor([row.answer_start for row in rows]),

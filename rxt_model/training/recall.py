@@ -5,8 +5,9 @@ its own answers, not reference ones. A fact is told in wording never seen in tra
 and of other facts follow, and then it is asked for, again in unseen wording. Right means that the answer contains the
 right value and no other value of that kind of fact.
 
-Three conditions: ``memory`` (the model as it is), ``reset`` (the same weights, memory drawn anew before every turn, so
-what is left is guessing) and ``history`` (a stateless language model that reads the whole conversation again).
+Four conditions: ``memory`` (the model as it is), ``reference`` (it hears reference answers instead of its own until the
+question, which is what training measures), ``reset`` (the same weights, memory drawn anew before every turn, so what is
+left is guessing) and ``history`` (a stateless language model that reads the whole conversation again).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rxt_model.stateless import SparseQueryTransformer
 from rxt_model.tokenizer import Tokenizer
 
 from .dialogue import load_dialogue
-from .episodes import EpisodeWriter, Turn
+from .episodes import EpisodeWriter, Turn, batch_episodes
 from .facts import values_in_answer
 
 __all__ = ["RecallPoint", "RecallReport", "measure_history_recall", "measure_recall", "save_report", "wilson_interval"]
@@ -60,7 +61,7 @@ class RecallPoint:
     """Recall at one distance.
 
     Attributes:
-        condition: ``"memory"``, ``"reset"`` or ``"history"``.
+        condition: ``"memory"``, ``"reference"``, ``"reset"`` or ``"history"``.
         changed: whether the fact had been told with another value before.
         distance: turns from the (last) telling to the question.
         right: conversations answered right.
@@ -146,8 +147,8 @@ def environment(**extra: Any) -> dict[str, Any]:
     }
 
 
-Answerer = Callable[[Sequence[str]], list[str]]
-"""Answers one message per conversation, all conversations at once."""
+Answerer = Callable[[Sequence[Turn], bool], list[str]]
+"""Answers one turn of every conversation, all at once, being told whether it is the last one."""
 
 
 def _play(
@@ -157,7 +158,7 @@ def _play(
     answers: list[str] = []
     transcripts: list[list[dict[str, str]]] = [[] for _ in episodes]
     for turn in range(len(episodes[0])):
-        answers = answer([episode[turn].query for episode in episodes])
+        answers = answer([episode[turn] for episode in episodes], turn == len(episodes[0]) - 1)
         for transcript, episode, text in zip(transcripts, episodes, answers, strict=True):
             transcript.append({"user": episode[turn].query, "model": text})
     right = stale = 0
@@ -255,7 +256,8 @@ def measure_recall(
         model: an :class:`RxTAlpha` with its tokenizer. Its conversation state is left as it was found.
         distances: turns between the last telling and the question.
         conversations: per distance.
-        condition: ``"memory"``, or ``"reset"`` to draw the memory anew before every turn.
+        condition: ``"memory"``; ``"reference"`` to write reference answers into memory instead of the model's own;
+            ``"reset"`` to draw the memory anew before every turn.
         changed: tell each fact twice with different values; only the newer one is right.
         split: ``"held_out"`` wording and dialogue, or ``"train"``.
         seed: of conversations and initial memories.
@@ -269,8 +271,8 @@ def measure_recall(
         ValueError: for an argument out of range, or a model without tokenizer.
     """
     _check(distances, conversations)
-    if condition not in ("memory", "reset"):
-        raise ValueError(f"condition must be 'memory' or 'reset'; it was {condition!r}.")
+    if condition not in ("memory", "reference", "reset"):
+        raise ValueError(f"condition must be 'memory', 'reference' or 'reset'; it was {condition!r}.")
     if model.tokenizer is None:
         raise ValueError("The model has no tokenizer; load it with one, because recall is measured on text.")
     tokenizer = model.tokenizer
@@ -283,15 +285,19 @@ def measure_recall(
         model.stm.reset(batch_size=rows, seed=seed + rows)
         played = 0
 
-        def answer(queries: Sequence[str]) -> list[str]:
+        def answer(turns: Sequence[Turn], is_last: bool) -> list[str]:
             nonlocal played
             played += 1
+            if condition == "reference" and not is_last:
+                batch = batch_episodes(tokenizer, [[turn] for turn in turns], limit=MESSAGE_LIMIT)
+                model.init_stm_state(batch.ids, torch.arange(batch.ids.shape[1]) < batch.lengths[:, None])
+                return [turn.answer for turn in turns]
             if condition == "reset":
                 model.stm.reset(seed=seed + 7919 * played + rows)
             special = tokenizer.special_tokens
             prompts = [
                 [special.bos, special.query, *ids[: MESSAGE_LIMIT - ANSWER_LIMIT - 3]]
-                for ids in tokenizer.encode_ordinary_batch(list(queries))
+                for ids in tokenizer.encode_ordinary_batch([turn.query for turn in turns])
             ]
             longest = max(map(len, prompts))
             ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
@@ -343,8 +349,9 @@ def measure_history_recall(
     def answerer(rows: int) -> Answerer:
         histories: list[list[int]] = [[] for _ in range(rows)]
 
-        def answer(queries: Sequence[str]) -> list[str]:
-            for history, ids in zip(histories, tokenizer.encode_ordinary_batch(list(queries)), strict=True):
+        def answer(turns: Sequence[Turn], is_last: bool) -> list[str]:
+            del is_last  # a stateless model answers every turn the same way
+            for history, ids in zip(histories, tokenizer.encode_ordinary_batch([t.query for t in turns]), strict=True):
                 limited = ids[: MESSAGE_LIMIT - ANSWER_LIMIT - 3]
                 history += [special.bos, special.query, *limited, special.answer]  # type: ignore[list-item]
             starts = [len(history) for history in histories]
