@@ -85,7 +85,7 @@ def plot(report: RecallReport, path: Path) -> None:
 
     # Mid-grey ink on a transparent ground reads on white and on black.
     ink = "#7d8590"
-    figure, axes = plt.subplots(figsize=(8, 4.6), dpi=160)
+    figure, axes = plt.subplots(figsize=(8, 5.2), dpi=160)
     for (condition, changed), (label, colour, marker) in _CURVES.items():
         points = sorted(
             (p for p in report.points if (p.condition, p.changed) == (condition, changed)), key=lambda p: p.distance
@@ -112,7 +112,7 @@ def plot(report: RecallReport, path: Path) -> None:
     for spine in axes.spines.values():
         spine.set_color(ink)
         spine.set_alpha(0.5)
-    legend = axes.legend(frameon=False, fontsize=8, loc="center right")
+    legend = axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
     for text in legend.get_texts():
         text.set_color(ink)
     figure.tight_layout()
