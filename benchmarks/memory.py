@@ -95,6 +95,9 @@ def plot(report: RecallReport, path: Path) -> None:
         at = [p.distance for p in points]
         share = [100 * p.share for p in points]
         bounds = [wilson_interval(p.right, p.asked) for p in points]
+        steps = report.environment.get("history_training_steps"), report.environment.get("model_training_steps")
+        if condition == "history" and all(steps):
+            label += f" (trained {steps[0]:,} steps; RxT {steps[1]:,})"
         axes.plot(at, share, color=colour, marker=marker, markersize=5, linewidth=2, label=label)
         axes.fill_between(
             at, [100 * b[0] for b in bounds], [100 * b[1] for b in bounds], color=colour, alpha=0.18, lw=0
