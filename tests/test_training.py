@@ -201,7 +201,9 @@ def test_parallel_training_computes_what_talking_turn_by_turn_does(
 
 
 @torch.no_grad()
-def test_loss_does_not_depend_on_how_rows_are_chunked(model: RxTAlpha, writer: EpisodeWriter, tokenizer: Tokenizer) -> None:
+def test_loss_does_not_depend_on_how_rows_are_chunked(
+    model: RxTAlpha, writer: EpisodeWriter, tokenizer: Tokenizer
+) -> None:
     batch = _batch(writer, tokenizer, 3, 4)
     memory = initial_memory(model, 3, torch.Generator().manual_seed(0))
     whole, pieces = (episode_loss(model, batch, memory, load_balance_weight=0.0, chunk=n) for n in (100, 2))
@@ -209,7 +211,9 @@ def test_loss_does_not_depend_on_how_rows_are_chunked(model: RxTAlpha, writer: E
     assert whole.recall.keys() == pieces.recall.keys()
 
 
-def test_a_question_teaches_the_turn_that_told_the_fact(model: RxTAlpha, writer: EpisodeWriter, tokenizer: Tokenizer) -> None:
+def test_a_question_teaches_the_turn_that_told_the_fact(
+    model: RxTAlpha, writer: EpisodeWriter, tokenizer: Tokenizer
+) -> None:
     # Only the last turn is answered, so a gradient at the first memory has come through every update in between.
     batch = _batch(writer, tokenizer, 2, 5)
     memory = initial_memory(model, 2, torch.Generator().manual_seed(0)).requires_grad_()
@@ -348,7 +352,11 @@ def test_recall_of_an_untrained_model_is_counted_and_leaves_it_alone(
     before = model.export_stm_state()
     report = measure_recall(model, distances=(1, 2), conversations=3, writer=writer)
     report.extend(measure_recall(model, distances=(1,), conversations=3, writer=writer, condition="reset"))
-    assert [(p.condition, p.distance, p.asked) for p in report.points] == [("memory", 1, 3), ("memory", 2, 3), ("reset", 1, 3)]
+    assert [(p.condition, p.distance, p.asked) for p in report.points] == [
+        ("memory", 1, 3),
+        ("memory", 2, 3),
+        ("reset", 1, 3),
+    ]
     assert torch.equal(before, model.export_stm_state())
     save_report(report, tmp_path / "recall.json")
     again = RecallReport.from_json((tmp_path / "recall.json").read_text())

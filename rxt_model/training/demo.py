@@ -310,7 +310,14 @@ def train_stateless(
     writer = EpisodeWriter.for_split("train", dialogue)
     state = directory / TRAINING_STATE
     train(
-        model, tokenizer, writer, settings, checkpoint=state, resume=resume, objective=history_objective, on_step=on_step
+        model,
+        tokenizer,
+        writer,
+        settings,
+        checkpoint=state,
+        resume=resume,
+        objective=history_objective,
+        on_step=on_step,
     )
     model.save_pretrained(directory)
     state.unlink(missing_ok=True)

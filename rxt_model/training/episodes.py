@@ -100,7 +100,9 @@ class EpisodeWriter:
                 continue
             draw = rng.random()
             if last or draw < curiosity:
-                written.append(self.unknown(rng, state) if not last and rng.random() < 0.1 else self._ask(rng, state, index))
+                written.append(
+                    self.unknown(rng, state) if not last and rng.random() < 0.1 else self._ask(rng, state, index)
+                )
             elif draw < curiosity + (1.0 - curiosity) * chattiness:
                 written.append(self.chat(rng))
             elif rng.random() < 0.25 or len(state.known) >= max_facts:
@@ -136,7 +138,13 @@ class EpisodeWriter:
         return Turn(self.wording.ask(rng, key), self.wording.answer(key, value), "ask", ((key, value),), distance)
 
     def recall_episode(
-        self, rng: random.Random, distance: int, *, changed: bool = False, other_facts: float = 0.35, lead: int | None = None
+        self,
+        rng: random.Random,
+        distance: int,
+        *,
+        changed: bool = False,
+        other_facts: float = 0.35,
+        lead: int | None = None,
     ) -> list[Turn]:
         """An evaluation episode: lead-in, one fact told (and, if ``changed``, replaced), then asked ``distance`` turns on.
 
@@ -384,7 +392,9 @@ def batch_episodes(
     wrong = dict(mistakes or {})
     wrong_ids = dict(zip(wrong, tokenizer.encode_ordinary_batch(list(wrong.values())), strict=True)) if wrong else {}
     heard = [
-        encode_turn(tokenizer, turns[row], encoded[row], wrong_ids[row], [], limit).ids if row in wrong_ids else rows[row].ids
+        encode_turn(tokenizer, turns[row], encoded[row], wrong_ids[row], [], limit).ids
+        if row in wrong_ids
+        else rows[row].ids
         for row in range(count)
     ]
     heard_ids = torch.full((count, max(map(len, heard))), pad, dtype=torch.long)

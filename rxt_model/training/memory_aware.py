@@ -215,7 +215,9 @@ def _length_sorted(rows: Tensor, lengths: Tensor, chunk: int) -> Iterator[tuple[
 
 def encode_turns(model: ReactiveModel, batch: EpisodeBatch, *, chunk: int = 96) -> list[Tensor]:
     """Encoder states of every turn but the last, whose memory nobody reads: N - 1 tensors (L, B, T, D), zero-padded."""
-    rows = torch.arange(batch.size * batch.steps).reshape(batch.size, batch.steps)[:, :-1].t().reshape(-1)  # turn by turn
+    rows = (
+        torch.arange(batch.size * batch.steps).reshape(batch.size, batch.steps)[:, :-1].t().reshape(-1)
+    )  # turn by turn
     longest = int(batch.heard_lengths[rows].max())
     parts, orders = [], []
     for part, length in _length_sorted(rows, batch.heard_lengths, chunk):
@@ -321,11 +323,7 @@ def training_batch(
         emphasis=stage.emphasis,
     )
     share = {"chat": stage.chat_rows, "tell": stage.statement_rows, "update": stage.statement_rows}
-    keep = [
-        index
-        for index, turn in enumerate(batch.row_turns)
-        if rng.random() < share.get(turn.kind, 1.0)
-    ]
+    keep = [index for index, turn in enumerate(batch.row_turns) if rng.random() < share.get(turn.kind, 1.0)]
     return batch, torch.tensor(keep)
 
 
@@ -388,7 +386,9 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"The training checkpoint {path} cannot be read ({error}); delete it to start again.") from error
+        raise ValueError(
+            f"The training checkpoint {path} cannot be read ({error}); delete it to start again."
+        ) from error
     if metadata.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(f"{path} is not a training checkpoint of this version; delete it to start again.")
     if metadata.get("settings") != _fingerprint(settings):
@@ -401,7 +401,9 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     expected = {f"model/{name}" for name in parameters}
     found = {name for name in tensors if name.startswith("model/")}
     if expected != found or any(tensors[f"model/{name}"].shape != p.shape for name, p in parameters.items()):
-        raise ValueError(f"The training checkpoint {path} belongs to a model of another shape; delete it to start again.")
+        raise ValueError(
+            f"The training checkpoint {path} belongs to a model of another shape; delete it to start again."
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"model/{name}"])
