@@ -1,7 +1,7 @@
 """How long does the model remember? Recall against distance, with its controls, saved and drawn.
 
-    python -m rxt_benchmarks.memory --model rxt_model/assets/demo [--history DIRECTORY] [--conversations 200]
-    python -m rxt_benchmarks.memory --plot-only
+    rxt bench memory [--model DIRECTORY] [--history DIRECTORY] [--conversations 150]
+    rxt bench memory --plot-only
 
 The curves: the model; the model while it hears reference answers instead of its own; the model asked for facts that were
 changed on the way; the same weights with memory drawn anew before every turn; and, if ``--history`` names one, a
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from rxt_model.demo_model import demo_model_directory
 from rxt_model.models import RxTAlpha
 from rxt_model.stateless import SparseQueryTransformer
 from rxt_model.tokenizer import Tokenizer
@@ -29,7 +30,6 @@ from rxt_model.training.recall import (
     wilson_interval,
 )
 
-RESULTS = Path(__file__).parent / "results"
 NAME = "recall"
 
 _CURVES = {
@@ -123,30 +123,55 @@ def plot(report: RecallReport, path: Path) -> None:
     plt.close(figure)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m rxt_benchmarks.memory", description=__doc__)
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent.parent / "rxt_model" / "assets" / "demo")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``rxt bench memory``."""
+    parser.add_argument("--model", type=Path, help="directory of the model (default: the shipped one)")
     parser.add_argument("--history", type=Path, help="directory of a trained stateless model")
-    parser.add_argument("--conversations", type=int, default=200, help="per distance and curve")
-    parser.add_argument("--distances", type=int, nargs="+", default=list(range(1, 17)))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--conversations", type=int, default=150, help="per distance and curve (150)")
+    parser.add_argument("--distances", type=int, nargs="+", default=list(range(1, 17)), help="turns (1 to 16)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
+    parser.add_argument("--output", type=Path, default=Path("runs"), help="where recall.json and recall.png go (runs)")
     parser.add_argument("--plot-only", action="store_true", help="draw the saved results again")
-    options = parser.parse_args(arguments)
-    target = options.output / f"{NAME}.json"
-    if options.plot_only:
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure recall, save it, draw it, print it.
+
+    Raises:
+        ValueError, OSError: arguments that do not fit, before anything is measured.
+    """
+    for name, values in (
+        ("conversations", [arguments.conversations]),
+        ("threads", [arguments.threads]),
+        ("distances", arguments.distances),
+    ):
+        if min(values) < 1:
+            raise ValueError(f"{name} is {min(values)}; it must be at least 1.")
+    target = arguments.output / f"{NAME}.json"
+    if arguments.plot_only:
         if not target.is_file():
-            parser.error(f"there are no saved results at {target}; run without --plot-only first.")
+            raise FileNotFoundError(f"there are no saved results at {target}; run without --plot-only first.")
         report = RecallReport.from_json(target.read_text(encoding="utf-8"))
     else:
-        torch.set_num_threads(options.threads)
-        options.output.mkdir(parents=True, exist_ok=True)
-        report = measure(options.model, options.history, options.conversations, options.distances)
+        torch.set_num_threads(arguments.threads)
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        model = demo_model_directory() if arguments.model is None else arguments.model
+        report = measure(model, arguments.history, arguments.conversations, arguments.distances)
         save_report(report, target)
-    plot(report, options.output / f"{NAME}.png")
+    plot(report, arguments.output / f"{NAME}.png")
     print(report.table())
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m rxt_benchmarks.memory``."""
+    parser = argparse.ArgumentParser(prog="python -m rxt_benchmarks.memory", description=__doc__)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(arguments))
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
