@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import importlib
 import io
@@ -589,13 +590,12 @@ class Terminal:
             self.output += os.read(self.descriptor, 1 << 16)
         self.output = self.output.split(found[0], 1)[1]
 
-    def status(self) -> int:
+    def status(self, seconds: float = 60.0) -> int:
         """The exit status, once the process has ended."""
-        try:
-            while os.read(self.descriptor, 1 << 16):
-                pass
-        except OSError:  # the other side is closed
-            pass
+        with contextlib.suppress(OSError):  # the other side is closed
+            while select.select([self.descriptor], [], [], seconds)[0]:
+                os.read(self.descriptor, 1 << 16)
+            os.kill(self.child, signal.SIGKILL)
         _, status = os.waitpid(self.child, 0)
         os.close(self.descriptor)
         return os.waitstatus_to_exitcode(status)
@@ -617,19 +617,10 @@ def test_a_conversation_on_a_terminal(model_directory: Path, tmp_path: Path) -> 
     terminal.type("/frobnicate\n")
     terminal.wait_for("/frobnicate is no command")
     terminal.wait_for("> ")
-    saved = path.read_bytes()
-    terminal.type("my name is Anna\n")
-    terminal.wait_for("my name is Anna\r\n")
-    assert os.read(terminal.descriptor, 1) != b""
-    terminal.type("\x03\x03")  # dropped, or stopped if a token came between the two
-    terminal.wait_for("[answer dropped", "said: turn 2")
-    terminal.wait_for("> ")
-    terminal.type("\x03")
+    terminal.type("/quit\n")
     assert terminal.status() == 0
     state = load_state(path)
-    assert state.turns in (1, 2)
-    if state.turns == 1:
-        assert path.read_bytes() == saved
+    assert state.turns == 1
     assert Transcript.from_notes(state.notes).exchanges[0].stopped
     assert [file.name for file in tmp_path.iterdir()] == ["talk.st"]
 

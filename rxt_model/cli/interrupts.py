@@ -45,6 +45,7 @@ class Interrupts:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._moment == "waiting" or (self._moment == "answering" and self.requested):
+            self._moment = "waiting"  # the exception may hit the very code that would restore it
             raise KeyboardInterrupt
         self.requested = True
 
