@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,12 @@ from rxt_model.tokenizer import Tokenizer, train_tokenizer
 from rxt_model.training import memory_aware
 from rxt_model.training.demo import DemoShape, demo_model, stateless_model, train_demo
 from rxt_model.training.dialogue import SMALL_TALK_TURNS, load_dialogue
-from rxt_model.training.episodes import EpisodeWriter, Turn, batch_episodes
+from rxt_model.training.episodes import EpisodeBatch, EpisodeWriter, Turn, batch_episodes
 from rxt_model.training.fact_values import VALUES
 from rxt_model.training.facts import ATTRIBUTES, UNKNOWN_ANSWER, Wording, attribute_named, values_in_answer
 from rxt_model.training.history import history_objective
-from rxt_model.training.memory_aware import Stage, TrainingSettings, episode_loss, initial_memory, train, unroll_memory
+from rxt_model.training.loop import make_optimizer, train, training_batch
+from rxt_model.training.memory_aware import episode_loss, initial_memory, unroll_memory
 from rxt_model.training.recall import (
     RecallReport,
     measure_history_recall,
@@ -26,6 +28,8 @@ from rxt_model.training.recall import (
     save_report,
     wilson_interval,
 )
+from rxt_model.training.settings import Stage, TrainingSettings, learning_rate
+from rxt_model.training.workers import ShardGradients
 
 DEMO = Path(__file__).parent.parent / "rxt_model" / "assets" / "demo"
 TINY = DemoShape(
@@ -139,6 +143,11 @@ def test_probes_ask_what_the_conversation_told(writer: EpisodeWriter, tokenizer:
         probes = writer.probes(rng, turns, 4)
         assert probes
         for probe in probes:
+            if probe.kind == "unknown":
+                assert all(
+                    probe.facts[0][0] != key for turn in turns[:-1] if turn.kind == "tell" for key, _ in turn.facts
+                )
+                continue
             told = [i for i, turn in enumerate(turns[:-1]) if turn.kind != "ask" and probe.facts[0] in turn.facts]
             assert probe.distance == len(turns) - 1 - told[-1]
     batch = batch_episodes(tokenizer, [turns, turns], probes=[(1, probes[0])])
@@ -179,7 +188,7 @@ def test_memory_may_hear_a_mistake_that_is_not_trained(writer: EpisodeWriter, to
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def _batch(writer: EpisodeWriter, tokenizer: Tokenizer, episodes: int, turns: int) -> memory_aware.EpisodeBatch:
+def _batch(writer: EpisodeWriter, tokenizer: Tokenizer, episodes: int, turns: int) -> EpisodeBatch:
     rng = random.Random(2)
     return batch_episodes(tokenizer, [writer.episode(rng, turns) for _ in range(episodes)])
 
@@ -264,6 +273,73 @@ def test_a_killed_run_resumes_to_the_same_numbers(writer: EpisodeWriter, tokeniz
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
+def _failing_shard(model: torch.nn.Module, step: int, shard: int) -> int:
+    if shard == 1:
+        os._exit(3)
+    return shard
+
+
+def test_the_number_of_workers_changes_nothing(writer: EpisodeWriter, tokenizer: Tokenizer) -> None:
+    settings = replace(SHORT, steps=2, shards=3, warmup_steps=1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        runs = []
+        for workers in (1, 2):
+            model = demo_model(tokenizer, TINY, seed=0)
+            results: list[memory_aware.StepResult] = []
+            losses = train(
+                model, tokenizer, writer, settings, workers=workers, on_step=lambda _, r, into=results: into.append(r)
+            )
+            runs.append((losses, [r.recall for r in results], model.state_dict()))
+    finally:
+        torch.set_num_threads(threads)
+    assert runs[0][:2] == runs[1][:2]
+    for name, tensor in runs[0][2].items():
+        assert torch.equal(tensor, runs[1][2][name]), name
+
+
+def test_a_worker_that_dies_is_reported(tokenizer: Tokenizer) -> None:
+    threads = torch.get_num_threads()
+    with (
+        ShardGradients(demo_model(tokenizer, TINY, seed=0), _failing_shard, shards=2, workers=2) as gradients,
+        pytest.raises(RuntimeError, match="worker stopped at step 1"),
+    ):
+        gradients(0)
+    assert torch.get_num_threads() == threads
+
+
+def test_shards_of_a_step_have_the_same_turns_and_different_episodes(
+    writer: EpisodeWriter, tokenizer: Tokenizer
+) -> None:
+    settings = replace(SHORT, stages=(Stage(1.0, (2, 3, 4), 24, 4),))
+    steps = set()
+    for step in range(8):
+        first, second = (training_batch(writer, tokenizer, settings, step, shard)[0] for shard in (0, 1))
+        assert first.steps == second.steps
+        assert first.turns != second.turns
+        steps.add(first.steps)
+    assert len(steps) > 1
+
+
+def test_memory_gates_learn_at_a_rate_of_their_own(model: RxTAlpha) -> None:
+    groups = make_optimizer(model, replace(SHORT, gate_rate=7.0)).param_groups
+    assert sorted(group["rate"] for group in groups) == [1.0, 1.0, 7.0]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    gates = model.memory_attention.model.residual_gate_layers
+    assert {id(p) for p in gates.parameters()} == {id(p) for g in groups if g["rate"] == 7.0 for p in g["params"]}
+
+
+def test_the_learning_rate_rises_falls_and_follows_the_stage() -> None:
+    stages = (Stage(0.5, (2,), 8, 2), Stage(1.0, (2,), 8, 2, rate=0.5))
+    settings = TrainingSettings(steps=100, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1, stages=stages)
+    rates = [learning_rate(settings, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == pytest.approx(1.0)
+    assert rates[50] < 0.6 * rates[49]
+    assert rates[99] == pytest.approx(0.05, rel=0.02)
+
+
 def test_training_lowers_the_loss(writer: EpisodeWriter, tokenizer: Tokenizer) -> None:
     settings = TrainingSettings(steps=16, warmup_steps=2, learning_rate=1e-2, stages=(Stage(1.0, (2,), 16, 2),))
     losses = train(demo_model(tokenizer, TINY, seed=0), tokenizer, writer, settings)
@@ -299,6 +375,9 @@ def test_checkpoints_that_do_not_belong_are_refused(
         (lambda: Stage(1.0, (2,), 4, 3, chat_rows=2.0), "chat_rows"),
         (lambda: Stage(1.0, (2,), 4, 3, emphasis="none"), "emphasis"),
         (lambda: TrainingSettings(checkpoint_every=0), "checkpoint_every"),
+        (lambda: TrainingSettings(shards=0), "shards"),
+        (lambda: TrainingSettings(gate_rate=0.0), "gate_rate"),
+        (lambda: ShardGradients(torch.nn.Linear(1, 1), _failing_shard, shards=1, workers=0), "workers"),
         (lambda: TrainingSettings(stages=()), "stages"),
         (lambda: Wording("test"), "split"),
         (lambda: attribute_named("shoe size"), "attribute"),

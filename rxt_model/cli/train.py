@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -37,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="where it goes (runs/demo)")
     demo.add_argument("--steps", type=integer(1), metavar="N", help="optimizer steps (default: the recipe's)")
     demo.add_argument("--seed", type=integer(0), default=0, metavar="N", help="fixes data and weights (0)")
+    demo.add_argument(
+        "--workers",
+        type=integer(1),
+        default=min(2, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that share the work; they change the time alone (one per core, at most 2)",
+    )
     demo.add_argument("--no-resume", action="store_true", help="begin anew, even where a training was interrupted")
     demo.add_argument("--overwrite", action="store_true", help="replace a model that is already in the directory")
 
@@ -62,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
             steps=options.steps,
             seed=options.seed,
             resume=not options.no_resume,
+            workers=options.workers,
             on_step=None if sys.stderr.isatty() else _Progress(),
         )
     except ModuleNotFoundError as error:
@@ -76,14 +85,23 @@ def run(options: argparse.Namespace) -> int:
 
 
 class _Progress:
-    """A line now and then, where there is no terminal for a progress bar."""
+    """A line now and then, where there is no terminal for a progress bar: loss, and recall since the last line."""
 
     def __init__(self, seconds: float = 30.0) -> None:
         self._seconds = seconds
         self._told = time.monotonic()
+        self._right = [0, 0, 0]
+        self._asked = [0, 0, 0]
 
     def __call__(self, step: int, result: StepResult) -> None:
+        for distance, (right, asked) in result.recall.items():
+            age = 0 if distance < 4 else 1 if distance < 8 else 2
+            self._right[age] += right
+            self._asked[age] += asked
         now = time.monotonic()
         if step == 1 or now - self._told >= self._seconds:
             self._told = now
-            tell(f"step {step}: loss {float(result.loss.detach()):.3f}")
+            ages = zip(("1 to 3", "4 to 7", "8 and more"), self._right, self._asked, strict=True)
+            recall = ", ".join(f"{100 * right / asked:.0f}% at {age}" for age, right, asked in ages if asked)
+            tell(f"step {step}: loss {float(result.loss):.3f}, recall {recall or 'not asked'}")
+            self._right, self._asked = [0, 0, 0], [0, 0, 0]

@@ -25,7 +25,9 @@ from .episodes import EpisodeWriter
 from .fact_values import VALUES
 from .facts import ATTRIBUTES, UNKNOWN_ANSWER, Wording
 from .history import history_objective
-from .memory_aware import Stage, StepResult, TrainingSettings, train
+from .loop import train
+from .memory_aware import StepResult
+from .settings import Stage, TrainingSettings
 
 __all__ = [
     "DEMO_SETTINGS",
@@ -40,11 +42,18 @@ __all__ = [
 ]
 
 TRAINING_STATE = "training-state.safetensors"
+LONGEST_TIME_SCALE = 60.0
+"""Turns after which the slowest memory slot has forgotten most of what it held, before training."""
+CLOSED_GATE = -7.0
 
 
 @dataclass(frozen=True)
 class DemoShape:
-    """Sizes of the demo model. The defaults give 1.97 M weights: 7.9 MB in float32."""
+    """Sizes of the demo model. The defaults give 1.97 M weights: 7.9 MB in float32.
+
+    Rotary bases are far above the usual 10,000: messages are short, and memory is found by content, from which a rotation of
+    keys (memory write) or queries (memory read) by their position only takes away.
+    """
 
     vocab_size: int = 2944
     embed_dim: int = 128
@@ -60,26 +69,30 @@ class DemoShape:
     experts: int = 4
     active_experts: int = 2
     seq_len: int = 256
-    variant: str = "interlayer"
+    rope_base: int = 1_000_000
+    memory_rope_base: int = 100_000_000
+    variant: str = "simple"
 
 
 DEMO_SHAPE = DemoShape()
 DEMO_SETTINGS = TrainingSettings(
-    steps=2500,
+    steps=5000,
     learning_rate=2e-3,
+    probes=4,
+    token_limit=48,
     stages=(
-        Stage(0.08, (2,), 192, 3),
-        Stage(0.15, (4,), 192, 5),
-        Stage(0.25, (4, 8), 240, 8),
-        Stage(0.40, (4, 8, 12, 18), 252, 14, rate=0.5),
+        Stage(0.06, (4,), 192, 4),
+        Stage(0.16, (8,), 216, 7, rate=0.8),
+        Stage(0.55, (8, 12, 18), 216, 10, chat_rows=0.2, mistakes=0.2, rate=0.6),
         Stage(
-            1.00, (4, 8, 12, 18), 216, 14,
-            statement_rows=1.0, chat_rows=0.8, emphasis="answers", mistakes=0.35, rate=0.9,
+            1.00, (4, 8, 12, 18), 216, 10,
+            statement_rows=0.8, chat_rows=0.4, emphasis="answers", mistakes=0.35, rate=0.6,
         ),
     ),
 )  # fmt: skip
 """First what memory is for, in short and then in long conversations; then whole answers. Long episodes want small steps:
-at the full rate, training on eighteen turns became unstable."""
+at the full rate, training on eighteen turns became unstable. Nothing starts with two turns: there the best a gate can do is
+to stay open, which then has to be unlearned."""
 
 
 def _tokenizer_texts(dialogue: DialogueTurns, seed: int) -> Iterator[str]:
@@ -119,6 +132,7 @@ def demo_model(tokenizer: Tokenizer, shape: DemoShape = DEMO_SHAPE, *, seed: int
         "att_heads": shape.heads,
         "seq_len": shape.seq_len,
         "stm_size": shape.slots,
+        "rope_base": shape.rope_base,
     }
     transformer: dict[str, Any] = {
         **shared,
@@ -140,7 +154,7 @@ def demo_model(tokenizer: Tokenizer, shape: DemoShape = DEMO_SHAPE, *, seed: int
         ),
         TransformerConfig(**transformer, ff_dim=shape.encoder_ff, skip_memory_cross_attention=True),
         MemoryAttentionConfig(
-            **shared,
+            **{**shared, "rope_base": shape.memory_rope_base},
             att_groups=shape.memory_heads,
             att_query_groups=shape.memory_heads,
             interlayer_att_groups=shape.context_heads,
@@ -186,8 +200,9 @@ def prepare_for_copying(model: RxTAlpha | SparseQueryTransformer) -> None:
     * all attentions that carry facts share one orthonormal value subspace, with outputs the transpose of values;
     * memory is written and read by resemblance at first: there queries and keys start as the same projection, so a new
       fact goes where something like it is, and a question finds what is like it;
-    * memory gates start rather closed, some slots more than others, and depend on their own slot's status: slots keep
-      what they have for shorter or longer, and are opened by what is written.
+    * memory gates start at time scales from two turns to ``LONGEST_TIME_SCALE``, as Tallec and Ollivier (2018, section 2)
+      start forget gates, and depend on their own slot's status; the gates of the context read start closed, because what
+      they let in is mixed into every slot at every turn.
     """
     width = model.config.embed_dim if isinstance(model, SparseQueryTransformer) else model.decoder.config.embed_dim
     basis = torch.linalg.qr(torch.randn(width, width))[0]
@@ -206,15 +221,18 @@ def prepare_for_copying(model: RxTAlpha | SparseQueryTransformer) -> None:
     for attention in memory.attention_layers:
         _copying_heads(attention, basis)
         _matching_heads(attention, basis)
-    gates = [(memory.residual_gate_layers, -1.0)]
-    if hasattr(memory, "mean_residual_gate_layers"):
-        gates.append((memory.mean_residual_gate_layers, -3.0))
-    for layers, bias in gates:
-        for gate in layers:
-            if isinstance(linear := gate.gate, nn.Linear):
-                linear.bias.copy_(torch.linspace(bias - 1.0, bias + 1.0, len(linear.bias)))
-                linear.weight.mul_(0.3)
-                linear.weight.diagonal().add_(8.0)
+    for gate in memory.residual_gate_layers:
+        _open_gate(gate, -torch.log(torch.linspace(1.5, LONGEST_TIME_SCALE, len(gate.gate.bias))))
+    for gate in getattr(memory, "mean_residual_gate_layers", []):
+        _open_gate(gate, torch.tensor(CLOSED_GATE))
+
+
+def _open_gate(gate: Any, bias: Tensor) -> None:
+    """A linear gate that opens by ``sigmoid(bias)`` on average, more or less by the status of its own slot."""
+    linear: nn.Linear = gate.gate
+    linear.bias.copy_(bias.expand_as(linear.bias))
+    linear.weight.mul_(0.3)
+    linear.weight.diagonal().add_(8.0)
 
 
 def stateless_model(tokenizer: Tokenizer, shape: DemoShape = DEMO_SHAPE, *, seed: int = 0) -> SparseQueryTransformer:
@@ -254,6 +272,7 @@ def train_demo(
     resume: bool = True,
     shape: DemoShape = DEMO_SHAPE,
     settings: TrainingSettings = DEMO_SETTINGS,
+    workers: int = 1,
     on_step: Callable[[int, StepResult], None] | None = None,
 ) -> Path:
     """Train the demo model, or continue a training that was interrupted.
@@ -265,6 +284,7 @@ def train_demo(
         resume: continue from the state in ``output_directory`` if there is one.
         shape: sizes of the model.
         settings: the recipe; ``steps`` and ``seed`` replace those in it.
+        workers: processes that share the work, see :func:`rxt_model.training.loop.train`.
         on_step: called after each step.
 
     Returns:
@@ -284,7 +304,7 @@ def train_demo(
     model = demo_model(tokenizer, shape, seed=seed)
     writer = EpisodeWriter.for_split("train", dialogue)
     state = directory / TRAINING_STATE
-    train(model, tokenizer, writer, settings, checkpoint=state, resume=resume, on_step=on_step)
+    train(model, tokenizer, writer, settings, checkpoint=state, resume=resume, workers=workers, on_step=on_step)
     model.save_pretrained(directory, embedding="once")
     state.unlink(missing_ok=True)
     return directory
@@ -299,6 +319,7 @@ def train_stateless(
     resume: bool = True,
     shape: DemoShape = DEMO_SHAPE,
     settings: TrainingSettings = DEMO_SETTINGS,
+    workers: int = 1,
     on_step: Callable[[int, StepResult], None] | None = None,
 ) -> Path:
     """Train the stateless model that reads the whole history, on the same data; arguments as in :func:`train_demo`."""
@@ -317,6 +338,7 @@ def train_stateless(
         checkpoint=state,
         resume=resume,
         objective=history_objective,
+        workers=workers,
         on_step=on_step,
     )
     model.save_pretrained(directory)

@@ -23,6 +23,8 @@ __all__ = ["EpisodeBatch", "EpisodeWriter", "Turn", "batch_episodes", "encode_tu
 
 SMALL_TALK_SHARE = 0.4
 """Share of chat that is small talk written for the model; the rest is real dialogue."""
+UNKNOWN_PROBE_SHARE = 0.2
+"""Share of episodes that are also asked, at the end, for something that was never told."""
 _SMALL_TALK = frozenset(SMALL_TALK_TURNS)
 
 
@@ -87,8 +89,8 @@ class EpisodeWriter:
         if turns < 2:
             raise ValueError(f"turns must be at least 2, one to tell and one to ask; it was {turns}.")
         state = _State()
-        chattiness = rng.uniform(0.0, 0.5)
-        curiosity = rng.uniform(0.2, 0.6)
+        chattiness = rng.uniform(0.0, 0.75)
+        curiosity = rng.uniform(0.1, 0.5)
         written: list[Turn] = []
         for index in range(turns):
             last = index == turns - 1
@@ -112,13 +114,19 @@ class EpisodeWriter:
         return written
 
     def probes(self, rng: random.Random, turns: Sequence[Turn], count: int) -> list[Turn]:
-        """Up to ``count`` questions about different facts that are known before the last of these turns."""
+        """Up to ``count`` questions about different facts that are known before the last of these turns.
+
+        Now and then one more follows, about something that was never told.
+        """
         known: dict[str, tuple[str, int]] = {}
         for index, turn in enumerate(turns[:-1]):
             if turn.kind in ("tell", "update"):
                 known.update({key: (value, index) for key, value in turn.facts})
         keys = rng.sample(list(known), min(count, len(known)))
-        return [self._question(rng, key, known[key][0], len(turns) - 1 - known[key][1]) for key in keys]
+        questions = [self._question(rng, key, known[key][0], len(turns) - 1 - known[key][1]) for key in keys]
+        if count and rng.random() < UNKNOWN_PROBE_SHARE:
+            questions.append(self.unknown(rng, _State(known={key: value for key, (value, _) in known.items()})))
+        return questions
 
     def mistake(self, rng: random.Random, turn: Turn) -> str:
         """An answer as a model that is wrong might give it: about another fact, another value, or beside the point."""

@@ -9,7 +9,8 @@ from torch.nn.utils.rnn import pad_sequence
 from rxt_model.stateless import SparseQueryTransformer
 
 from .episodes import EpisodeBatch
-from .memory_aware import AnswerScore, StepResult, TrainingSettings
+from .memory_aware import AnswerScore, StepResult
+from .settings import TrainingSettings
 
 __all__ = ["history_objective"]
 
