@@ -809,7 +809,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             raise ModuleNotFoundError("Training needs chitchat-dataset, which is not installed.")
         if options["steps"] == 14:
             raise KeyboardInterrupt
-        result = types.SimpleNamespace(loss=torch.tensor(2.5))
+        result = types.SimpleNamespace(loss=torch.tensor(2.5), recall={1: (3, 4), 8: (1, 2)}, write_cost=0.0)
         options["on_step"](1, result)
         options["on_step"](2, result)
         return directory
@@ -822,7 +822,7 @@ def test_training(rxt: Rxt, trained: list[dict[str, Any]]) -> None:
     outcome = rxt("train", "demo", "--output", "out", "--steps", 5, "--seed", 3, "--no-resume")
     assert outcome.status == 0
     assert "rxt chat --model out" in outcome.out
-    assert outcome.err == "step 1: loss 2.500\n"
+    assert outcome.err == "step 1: loss 2.500, recall 75% at 1 to 3, 50% at 8 and more\n"
     call = trained[0]
     assert (call["directory"], call["steps"], call["seed"], call["resume"]) == (Path("out"), 5, 3, False)
     refused(rxt("train", "demo", "--output", "out", "--steps", 13), "chitchat-dataset")
@@ -836,7 +836,7 @@ def test_training_does_not_replace_a_model_unasked(rxt: Rxt, trained: list[dict[
     Path("out/model.safetensors").touch()
     refused(rxt("train", "demo", "--output", "out"), "finished model", "--overwrite")
     assert rxt("train", "demo", "--output", "out", "--overwrite").status == 0
-    Path("out/training-state.safetensors").touch()
+    Path("out/training-state-1.safetensors").touch()
     outcome = rxt("train", "demo", "--output", "out")
     assert outcome.status == 0
     assert "continuing" in outcome.err

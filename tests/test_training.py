@@ -13,7 +13,15 @@ import torch
 from rxt_model.models import RxTAlpha
 from rxt_model.tokenizer import Tokenizer, train_tokenizer
 from rxt_model.training import memory_aware
-from rxt_model.training.demo import DemoShape, demo_model, stateless_model, train_demo
+from rxt_model.training.demo import (
+    DemoShape,
+    Phase,
+    demo_model,
+    stateless_model,
+    train_demo,
+    training_states,
+    widen_memory,
+)
 from rxt_model.training.dialogue import SMALL_TALK_TURNS, load_dialogue
 from rxt_model.training.episodes import EpisodeBatch, EpisodeWriter, Turn, batch_episodes
 from rxt_model.training.fact_values import VALUES
@@ -240,7 +248,8 @@ def test_history_loss_sees_earlier_turns_and_not_later_ones(writer: EpisodeWrite
     rng = random.Random(4)
     turns = writer.episode(rng, 3)
     other = [Turn("Hello", "Hi!", "chat"), *turns[1:]]
-    rows, settings, generator = torch.tensor([1]), SHORT, torch.Generator()
+    # Without the load-balance loss, which counts all tokens that are read.
+    rows, settings, generator = torch.tensor([1]), replace(SHORT, load_balance_weight=0.0), torch.Generator()
 
     def loss(episode: list[Turn]) -> float:
         return float(history_objective(model, batch_episodes(tokenizer, [episode]), rows, settings, generator).loss)
@@ -398,12 +407,48 @@ def test_arguments_are_refused_by_name(call: object, message: str) -> None:
 
 def test_the_whole_recipe_makes_a_model_that_loads(tmp_path: Path) -> None:
     pytest.importorskip("chitchat_dataset")
-    settings = replace(SHORT, steps=1)
-    directory = train_demo(tmp_path / "demo", steps=1, shape=replace(TINY, vocab_size=600), settings=settings)
+    phases = Phase(SHORT, 6), Phase(SHORT, 12)
+    seen: list[int] = []
+
+    def kill(step: int, result: memory_aware.StepResult) -> None:
+        seen.append(step)
+        if len(seen) == 5:  # in the second phase
+            raise _KilledError
+
+    arguments = {"steps": 6, "shape": replace(TINY, vocab_size=600), "phases": phases}
+    with pytest.raises(_KilledError):
+        train_demo(tmp_path / "demo", on_step=kill, **arguments)  # type: ignore[arg-type]
+    assert seen == [1, 2, 3, 4, 5]
+    assert len(training_states(tmp_path / "demo")) == 2
+    directory = train_demo(tmp_path / "demo", on_step=lambda step, _: seen.append(step), **arguments)  # type: ignore[arg-type]
+    assert seen == [1, 2, 3, 4, 5, 6]
     assert sorted(path.name for path in directory.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
     loaded = RxTAlpha.from_pretrained(directory)
     assert loaded.tokenizer is not None
     assert loaded.decoder.config.embed_dim == TINY.embed_dim
+    assert loaded.stm.size == 12
+    seen.clear()
+    further = train_demo(
+        tmp_path / "further", steps=2, phases=phases, start=loaded, on_step=lambda step, _: seen.append(step)
+    )
+    assert seen == [1]
+    assert RxTAlpha.from_pretrained(further).stm.size == 12
+
+
+@torch.no_grad()
+def test_a_wider_memory_is_the_old_one_twice(model: RxTAlpha) -> None:
+    wide = widen_memory(model, 12)
+    assert wide.stm.size == 12
+    encoded, start = torch.randn(2, 3, 5, 32), torch.randn(2, 3, 6, 32)
+    once = model.memory_attention(encoded, None, start)
+    twice = wide.memory_attention(encoded, None, start.repeat(1, 1, 2, 1))
+    torch.testing.assert_close(twice, once.repeat(1, 1, 2, 1), rtol=1e-4, atol=1e-5)
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(
+        wide.decoder(ids, None, twice[:, :1]), model.decoder(ids, None, once[:, :1]), rtol=1e-4, atol=1e-4
+    )
+    with pytest.raises(ValueError, match="slots is 9; accepted is a multiple of the 6"):
+        widen_memory(model, 9)
 
 
 # -- recall -----------------------------------------------------------------------------------------------------------

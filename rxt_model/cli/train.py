@@ -13,6 +13,7 @@ from rxt_model.cli.arguments import ArgumentParser, integer
 from rxt_model.cli.errors import INTERRUPTED, UserError, tell
 
 if TYPE_CHECKING:
+    from rxt_model.models import RxTAlpha
     from rxt_model.training.memory_aware import StepResult
 
 __all__ = ["add_arguments", "run"]
@@ -39,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     demo.add_argument("--steps", type=integer(1), metavar="N", help="optimizer steps (default: the recipe's)")
     demo.add_argument("--seed", type=integer(0), default=0, metavar="N", help="fixes data and weights (0)")
     demo.add_argument(
+        "--start",
+        metavar="PATH|HUB_ID|demo",
+        help="go on from this model of the demo's kind: only the last phase of the recipe is run",
+    )
+    demo.add_argument(
         "--workers",
         type=integer(1),
         default=min(2, os.cpu_count() or 1),
@@ -54,9 +60,9 @@ def run(options: argparse.Namespace) -> int:
     output: Path = options.output.expanduser()
     if output.exists() and not output.is_dir():
         raise UserError(f"train: --output {output} is a file; name a directory.")
-    from rxt_model.training.demo import TRAINING_STATE, train_demo
+    from rxt_model.training.demo import train_demo, training_states
 
-    interrupted = (output / TRAINING_STATE).exists()
+    interrupted = bool(training_states(output))
     if (output / "model.safetensors").exists() and not interrupted and not options.overwrite:
         raise UserError(
             f"train: there is a finished model in {output}; talk to it with `rxt chat --model {output}`, name another "
@@ -64,24 +70,36 @@ def run(options: argparse.Namespace) -> int:
         )
     if interrupted and not options.no_resume:
         tell(f"continuing the training in {output}")
+    start = None if options.start is None else _start(options.start)
     try:
         directory = train_demo(
             output,
             steps=options.steps,
             seed=options.seed,
             resume=not options.no_resume,
+            start=start,
             workers=options.workers,
             on_step=None if sys.stderr.isatty() else _Progress(),
         )
     except ModuleNotFoundError as error:
         raise UserError(str(error)) from None
     except KeyboardInterrupt:
-        saved = (output / TRAINING_STATE).exists()
+        saved = bool(training_states(output))
         rest = "the same command continues from its last saved state" if saved else "before anything was saved"
         tell(f"\nrxt: interrupted, {rest}.")
         return INTERRUPTED
     print(f"trained: {directory}; talk to it with `rxt chat --model {directory}`")
     return 0
+
+
+def _start(name: str) -> RxTAlpha:
+    from rxt_model.cli.loading import load_full_model
+    from rxt_model.models import RxTAlpha
+
+    model = load_full_model(name)
+    if not isinstance(model, RxTAlpha):
+        raise UserError(f"train: --start {name} is {type(model).__name__}; the demo model is an RxTAlpha.")
+    return model
 
 
 class _Progress:
@@ -103,5 +121,6 @@ class _Progress:
             self._told = now
             ages = zip(("1 to 3", "4 to 7", "8 and more"), self._right, self._asked, strict=True)
             recall = ", ".join(f"{100 * right / asked:.0f}% at {age}" for age, right, asked in ages if asked)
-            tell(f"step {step}: loss {float(result.loss):.3f}, recall {recall or 'not asked'}")
+            written = f", rewritten {100 * result.write_cost:.0f}%" if result.write_cost else ""
+            tell(f"step {step}: loss {float(result.loss):.3f}, recall {recall or 'not asked'}{written}")
             self._right, self._asked = [0, 0, 0], [0, 0, 0]

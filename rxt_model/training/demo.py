@@ -7,7 +7,7 @@ talk, and to keep what it is told, from synthetic conversations about personal f
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,30 +30,24 @@ from .memory_aware import StepResult
 from .settings import Stage, TrainingSettings
 
 __all__ = [
-    "DEMO_SETTINGS",
+    "DEMO_PHASES",
     "DEMO_SHAPE",
     "DemoShape",
+    "Phase",
     "demo_model",
     "demo_tokenizer",
     "prepare_for_copying",
     "stateless_model",
     "train_demo",
     "train_stateless",
+    "training_states",
+    "widen_memory",
 ]
-
-TRAINING_STATE = "training-state.safetensors"
-LONGEST_TIME_SCALE = 60.0
-"""Turns after which the slowest memory slot has forgotten most of what it held, before training."""
-CLOSED_GATE = -7.0
 
 
 @dataclass(frozen=True)
 class DemoShape:
-    """Sizes of the demo model. The defaults give 1.97 M weights: 7.9 MB in float32.
-
-    Rotary bases are far above the usual 10,000: messages are short, and memory is found by content, from which a rotation of
-    keys (memory write) or queries (memory read) by their position only takes away.
-    """
+    """Sizes of the demo model at the start of its training; the defaults give 1.97 M weights."""
 
     vocab_size: int = 2944
     embed_dim: int = 128
@@ -69,30 +63,62 @@ class DemoShape:
     experts: int = 4
     active_experts: int = 2
     seq_len: int = 256
-    rope_base: int = 1_000_000
-    memory_rope_base: int = 100_000_000
-    variant: str = "simple"
+    variant: str = "interlayer"
 
 
 DEMO_SHAPE = DemoShape()
-DEMO_SETTINGS = TrainingSettings(
-    steps=5000,
-    learning_rate=2e-3,
-    probes=4,
-    token_limit=48,
-    stages=(
-        Stage(0.06, (4,), 192, 4),
-        Stage(0.16, (8,), 216, 7, rate=0.8),
-        Stage(0.55, (8, 12, 18), 216, 10, chat_rows=0.2, mistakes=0.2, rate=0.6),
-        Stage(
-            1.00, (4, 8, 12, 18), 216, 10,
-            statement_rows=0.8, chat_rows=0.4, emphasis="answers", mistakes=0.35, rate=0.6,
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the recipe: a curriculum, and how many memory slots the model has in it."""
+
+    settings: TrainingSettings
+    slots: int
+
+
+DEMO_PHASES = (
+    Phase(
+        TrainingSettings(
+            steps=2500,
+            learning_rate=2e-3,
+            stages=(
+                Stage(0.08, (2,), 192, 3),
+                Stage(0.15, (4,), 192, 5),
+                Stage(0.25, (4, 8), 240, 8),
+                Stage(0.40, (4, 8, 12, 18), 252, 14, rate=0.5),
+                Stage(
+                    1.00, (4, 8, 12, 18), 216, 14,
+                    statement_rows=1.0, chat_rows=0.8, emphasis="answers", mistakes=0.35, rate=0.9,
+                ),
+            ),
         ),
+        slots=48,
+    ),
+    Phase(
+        TrainingSettings(
+            steps=2500,
+            learning_rate=3e-4,
+            final_learning_rate=0.03,
+            warmup_steps=50,
+            gate_rate=2.0,
+            probes=5,
+            token_limit=48,
+            stages=(
+                Stage(0.60, (8, 12, 18, 18), 216, 12, chat_rows=0.2, mistakes=0.35),
+                Stage(
+                    1.00, (4, 8, 12, 18, 18), 216, 12,
+                    statement_rows=0.8, chat_rows=0.4, emphasis="answers", mistakes=0.35,
+                ),
+            ),
+        ),
+        slots=96,
     ),
 )  # fmt: skip
-"""First what memory is for, in short and then in long conversations; then whole answers. Long episodes want small steps:
-at the full rate, training on eighteen turns became unstable. Nothing starts with two turns: there the best a gate can do is
-to stay open, which then has to be unlearned."""
+"""First what memory is for, in short and then in long conversations; then twice the memory, and long conversations alone.
+
+Long episodes want small steps: at the full rate, training on eighteen turns became unstable, and a trained model that
+went on at 1e-3 forgot within a hundred steps what it could do."""
 
 
 def _tokenizer_texts(dialogue: DialogueTurns, seed: int) -> Iterator[str]:
@@ -132,7 +158,6 @@ def demo_model(tokenizer: Tokenizer, shape: DemoShape = DEMO_SHAPE, *, seed: int
         "att_heads": shape.heads,
         "seq_len": shape.seq_len,
         "stm_size": shape.slots,
-        "rope_base": shape.rope_base,
     }
     transformer: dict[str, Any] = {
         **shared,
@@ -154,7 +179,7 @@ def demo_model(tokenizer: Tokenizer, shape: DemoShape = DEMO_SHAPE, *, seed: int
         ),
         TransformerConfig(**transformer, ff_dim=shape.encoder_ff, skip_memory_cross_attention=True),
         MemoryAttentionConfig(
-            **{**shared, "rope_base": shape.memory_rope_base},
+            **shared,
             att_groups=shape.memory_heads,
             att_query_groups=shape.memory_heads,
             interlayer_att_groups=shape.context_heads,
@@ -200,9 +225,8 @@ def prepare_for_copying(model: RxTAlpha | SparseQueryTransformer) -> None:
     * all attentions that carry facts share one orthonormal value subspace, with outputs the transpose of values;
     * memory is written and read by resemblance at first: there queries and keys start as the same projection, so a new
       fact goes where something like it is, and a question finds what is like it;
-    * memory gates start at time scales from two turns to ``LONGEST_TIME_SCALE``, as Tallec and Ollivier (2018, section 2)
-      start forget gates, and depend on their own slot's status; the gates of the context read start closed, because what
-      they let in is mixed into every slot at every turn.
+    * memory gates start rather closed, some slots more than others, and depend on their own slot's status: slots keep
+      what they have for shorter or longer, and are opened by what is written.
     """
     width = model.config.embed_dim if isinstance(model, SparseQueryTransformer) else model.decoder.config.embed_dim
     basis = torch.linalg.qr(torch.randn(width, width))[0]
@@ -221,18 +245,55 @@ def prepare_for_copying(model: RxTAlpha | SparseQueryTransformer) -> None:
     for attention in memory.attention_layers:
         _copying_heads(attention, basis)
         _matching_heads(attention, basis)
-    for gate in memory.residual_gate_layers:
-        _open_gate(gate, -torch.log(torch.linspace(1.5, LONGEST_TIME_SCALE, len(gate.gate.bias))))
-    for gate in getattr(memory, "mean_residual_gate_layers", []):
-        _open_gate(gate, torch.tensor(CLOSED_GATE))
+    gates = [(memory.residual_gate_layers, -1.0)]
+    if hasattr(memory, "mean_residual_gate_layers"):
+        gates.append((memory.mean_residual_gate_layers, -3.0))
+    for layers, bias in gates:
+        for gate in layers:
+            if isinstance(linear := gate.gate, nn.Linear):
+                linear.bias.copy_(torch.linspace(bias - 1.0, bias + 1.0, len(linear.bias)))
+                linear.weight.mul_(0.3)
+                linear.weight.diagonal().add_(8.0)
 
 
-def _open_gate(gate: Any, bias: Tensor) -> None:
-    """A linear gate that opens by ``sigmoid(bias)`` on average, more or less by the status of its own slot."""
-    linear: nn.Linear = gate.gate
-    linear.bias.copy_(bias.expand_as(linear.bias))
-    linear.weight.mul_(0.3)
-    linear.weight.diagonal().add_(8.0)
+@torch.no_grad()
+def widen_memory(model: RxTAlpha, slots: int) -> RxTAlpha:
+    """The same model with more memory slots, a multiple of those it has.
+
+    Nothing but residual gates knows how many slots there are. The new memory is several of the old size side by side: their
+    gates start as copies that do not see each other, and their contents differ because the first ones are drawn at random.
+
+    Args:
+        model: with linear residual gates.
+        slots: how many it shall have.
+
+    Raises:
+        ValueError: ``slots`` is no multiple of the slots there are.
+
+    Example:
+        >>> from rxt_model.demo_model import load_demo_model
+        >>> small = load_demo_model()
+        >>> widen_memory(small, 2 * small.stm.size).stm.size // small.stm.size
+        2
+    """
+    old = model.memory_attention.config.stm_size
+    if slots < old or slots % old:
+        raise ValueError(f"slots is {slots}; accepted is a multiple of the {old} slots that the model has.")
+    copies = slots // old
+    wide = RxTAlpha(
+        model.decoder.config.replace(stm_size=slots),
+        model.encoder.config.replace(stm_size=slots),
+        model.memory_attention.config.replace(stm_size=slots),
+        memory_attention_variant=model.memory_attention.config.variant,
+        tokenizer=model.tokenizer,
+    )
+    weights = dict(model.named_parameters())
+    for name, parameter in wide.named_parameters():
+        value = weights[name]
+        if value.shape != parameter.shape:
+            value = torch.block_diag(*[value] * copies) if value.dim() == 2 else value.tile(copies)
+        parameter.copy_(value)
+    return wide
 
 
 def stateless_model(tokenizer: Tokenizer, shape: DemoShape = DEMO_SHAPE, *, seed: int = 0) -> SparseQueryTransformer:
@@ -258,10 +319,31 @@ def stateless_model(tokenizer: Tokenizer, shape: DemoShape = DEMO_SHAPE, *, seed
     return model
 
 
-def _settings(steps: int | None, seed: int, settings: TrainingSettings) -> TrainingSettings:
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1; it was {steps}.")
-    return replace(settings, seed=seed, steps=settings.steps if steps is None else steps)
+def _phase_steps(phases: Sequence[Phase], steps: int | None) -> list[int]:
+    """Steps of every phase; ``steps`` in all are shared out as the recipe's are, each phase having at least one."""
+    own = [phase.settings.steps for phase in phases]
+    if steps is None:
+        return own
+    if steps < len(phases):
+        raise ValueError(f"steps must be at least {len(phases)}, one for each phase; it was {steps}.")
+    shares = [max(1, round(steps * count / sum(own))) for count in own[:-1]]
+    return [*shares, max(1, steps - sum(shares))]
+
+
+def _state_of(directory: Path, phase: int) -> Path:
+    return directory / f"training-state-{phase}.safetensors"
+
+
+def training_states(directory: Path) -> list[Path]:
+    """The files in which an unfinished training of the demo model is kept."""
+    return sorted(directory.glob("training-state-*.safetensors"))
+
+
+def _prepared(output_directory: str | Path) -> Path:
+    directory = Path(output_directory)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"output_directory must be a directory; {directory} is a file.")
+    return directory
 
 
 def train_demo(
@@ -270,8 +352,9 @@ def train_demo(
     steps: int | None = None,
     seed: int = 0,
     resume: bool = True,
+    start: RxTAlpha | None = None,
     shape: DemoShape = DEMO_SHAPE,
-    settings: TrainingSettings = DEMO_SETTINGS,
+    phases: Sequence[Phase] = DEMO_PHASES,
     workers: int = 1,
     on_step: Callable[[int, StepResult], None] | None = None,
 ) -> Path:
@@ -279,13 +362,14 @@ def train_demo(
 
     Args:
         output_directory: where the model goes; the state of the training is kept there too, and removed at the end.
-        steps: optimizer steps; None takes the recipe's. The curriculum stretches with them.
+        steps: optimizer steps of all phases together; None takes the recipe's. The curriculum stretches with them.
         seed: fixes data, initial weights and memories: on one machine, the same seed gives the same model.
         resume: continue from the state in ``output_directory`` if there is one.
+        start: a demo model that has been trained before: all phases but the last are left out, and the last begins with it.
         shape: sizes of the model.
-        settings: the recipe; ``steps`` and ``seed`` replace those in it.
+        phases: the recipe; ``steps`` and ``seed`` replace those in it.
         workers: processes that share the work, see :func:`rxt_model.training.loop.train`.
-        on_step: called after each step.
+        on_step: called after each step with its number, counted through all phases, and its result.
 
     Returns:
         The directory, to be given to ``RxTAlpha.from_pretrained`` and ``Tokenizer.from_pretrained``.
@@ -294,19 +378,42 @@ def train_demo(
         ValueError: for arguments out of range, or a training state of other settings.
         ModuleNotFoundError: if the dialogue package is not installed.
     """
-    settings = _settings(steps, seed, settings)
-    directory = Path(output_directory)
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"output_directory must be a directory; {directory} is a file.")
+    counts = _phase_steps(phases, steps)
+    directory = _prepared(output_directory)
     dialogue = load_dialogue()
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = demo_tokenizer(dialogue, vocab_size=shape.vocab_size, seed=seed)
-    model = demo_model(tokenizer, shape, seed=seed)
+    if start is None:
+        tokenizer = demo_tokenizer(dialogue, vocab_size=shape.vocab_size, seed=seed)
+        model = demo_model(tokenizer, replace(shape, slots=phases[0].slots), seed=seed)
+        first = 0
+    elif start.tokenizer is None:
+        raise ValueError("start has no tokenizer; load it with the one that it was trained with.")
+    else:
+        model, tokenizer, first = start, start.tokenizer, len(phases) - 1
     writer = EpisodeWriter.for_split("train", dialogue)
-    state = directory / TRAINING_STATE
-    train(model, tokenizer, writer, settings, checkpoint=state, resume=resume, workers=workers, on_step=on_step)
+    for number in range(first, len(phases)):
+        before = sum(counts[first:number])
+
+        def tell(step: int, result: StepResult, before: int = before) -> None:
+            if on_step is not None:
+                on_step(before + step, result)
+
+        settings = replace(phases[number].settings, seed=seed, steps=counts[number])
+        if model.stm.size != phases[number].slots:
+            model = widen_memory(model, phases[number].slots)
+        train(
+            model,
+            tokenizer,
+            writer,
+            settings,
+            checkpoint=_state_of(directory, number + 1),
+            resume=resume,
+            workers=workers,
+            on_step=tell,
+        )
     model.save_pretrained(directory, embedding="once")
-    state.unlink(missing_ok=True)
+    for state in training_states(directory):
+        state.unlink()
     return directory
 
 
@@ -318,22 +425,24 @@ def train_stateless(
     seed: int = 0,
     resume: bool = True,
     shape: DemoShape = DEMO_SHAPE,
-    settings: TrainingSettings = DEMO_SETTINGS,
+    phase: Phase = DEMO_PHASES[0],
     workers: int = 1,
     on_step: Callable[[int, StepResult], None] | None = None,
 ) -> Path:
-    """Train the stateless model that reads the whole history, on the same data; arguments as in :func:`train_demo`."""
-    settings = _settings(steps, seed, settings)
-    directory = Path(output_directory)
+    """Train the stateless model that reads the whole history, on the same data; arguments as in :func:`train_demo`.
+
+    One phase is enough: it has no memory that could grow.
+    """
+    directory = _prepared(output_directory)
+    settings = replace(phase.settings, seed=seed, steps=_phase_steps([phase], steps)[0])
     dialogue = load_dialogue()
     directory.mkdir(parents=True, exist_ok=True)
     model = stateless_model(tokenizer, shape, seed=seed)
-    writer = EpisodeWriter.for_split("train", dialogue)
-    state = directory / TRAINING_STATE
+    state = _state_of(directory, 1)
     train(
         model,
         tokenizer,
-        writer,
+        EpisodeWriter.for_split("train", dialogue),
         settings,
         checkpoint=state,
         resume=resume,

@@ -23,6 +23,8 @@ __all__ = ["EpisodeBatch", "EpisodeWriter", "Turn", "batch_episodes", "encode_tu
 
 SMALL_TALK_SHARE = 0.4
 """Share of chat that is small talk written for the model; the rest is real dialogue."""
+DISTANCE_OF_DOUBLE_WEIGHT = 4.0
+"""Turns after which the value in an answer counts twice as much as it would at once."""
 UNKNOWN_PROBE_SHARE = 0.2
 """Share of episodes that are also asked, at the end, for something that was never told."""
 _SMALL_TALK = frozenset(SMALL_TALK_TURNS)
@@ -291,6 +293,8 @@ def encode_turn(
     ids = [special.bos, special.query, *query, special.answer, *answer, special.eos]
     is_small_talk = turn.kind == "chat" and (turn.query, turn.answer) in _SMALL_TALK
     on_value, elsewhere = EMPHASES[emphasis]["small talk" if is_small_talk else turn.kind]
+    # Old facts are asked for less often than new ones, and what keeps them is learned more slowly.
+    on_value *= 1.0 + turn.distance / DISTANCE_OF_DOUBLE_WEIGHT
     is_value = [False] * (len(answer) + 1)
     for part in values:
         for start in range(len(answer) - len(part) + 1):

@@ -114,6 +114,7 @@ def _mean_result(results: Sequence[StepResult]) -> StepResult:
         sum(result.value_loss for result in results) / len(results),
         sum(result.load_balance_loss for result in results) / len(results),
         dict(sorted(recall.items())),
+        sum(result.write_cost for result in results) / len(results),
     )
 
 
