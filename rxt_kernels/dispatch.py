@@ -7,15 +7,20 @@ the arguments of the operation and answers None (supported) or a sentence (the r
 A room gains a backend without anything being moved: its ``triton.py`` or ``native.py`` defines a function with the
 arguments of the reference, in the same order, and ``supports`` with those arguments; its ``op.py`` calls
 ``register("triton", function, supports)`` on the operation it owns. The arguments have been checked before either is called.
+
+A backend names the devices that ``auto`` may choose it for. On other devices ``auto`` passes it over without a word; asked
+for by name, it answers with its reason.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+
+from rxt_kernels import triton_runtime
 
 __all__ = ["BACKENDS", "Backend", "Operation", "available_backends", "explain", "operations"]
 
@@ -32,6 +37,7 @@ class Backend(NamedTuple):
     name: str
     function: Callable[..., Any]
     supports: Callable[..., str | None]
+    devices: frozenset[str]
 
 
 class Operation:
@@ -54,13 +60,29 @@ class Operation:
         self._told: set[str] = set()
         _operations[name] = self
 
-    def register(self, backend: str, function: Callable[..., Any], supports: Callable[..., str | None]) -> None:
-        """Add a fast backend; of several that support a call, `auto` takes the one registered first."""
+    def register(
+        self,
+        backend: str,
+        function: Callable[..., Any],
+        supports: Callable[..., str | None],
+        devices: Iterable[str] = ("cpu", "cuda"),
+    ) -> None:
+        """Add a fast backend; of several that support a call, `auto` takes the one registered first.
+
+        Args:
+            backend: its name.
+            function: takes the arguments of the reference.
+            supports: takes the same arguments; None, or the reason why the call is not for this backend.
+            devices: device types of first arguments for which `auto` considers it.
+
+        Raises:
+            ValueError: the name is unknown, or the operation has this backend already.
+        """
         if backend not in BACKENDS or backend == "reference":
             raise ValueError(f"backend is {backend!r}; a fast backend is one of {', '.join(BACKENDS[1:])}.")
         if any(known.name == backend for known in self.accelerated):
             raise ValueError(f"{self.name} already has a {backend} backend; it can be registered once.")
-        self.accelerated = (*self.accelerated, Backend(backend, function, supports))
+        self.accelerated = (*self.accelerated, Backend(backend, function, supports, frozenset(devices)))
 
     def select(self, backend: str, *arguments: Any) -> Callable[..., Any]:
         """The implementation that answers to `backend` for these (already checked) arguments.
@@ -74,6 +96,8 @@ class Operation:
         if backend != "auto":
             return self._requested(backend, arguments)
         for candidate in self.accelerated:
+            if arguments[0].device.type not in candidate.devices:
+                continue
             reason = candidate.supports(*arguments)
             if reason is None:
                 return candidate.function
@@ -103,6 +127,8 @@ class Operation:
 
 
 def _absent(operation: str, backend: str) -> str:
+    if backend == "triton" and (reason := triton_runtime.unavailable()) is not None:
+        return f"backend='triton' was asked for {operation}, but cannot run here: {reason}"
     return (
         f"backend={backend!r} was asked for, but this build has no {backend} backend for {operation}; use "
         "backend='auto' or 'reference', and see why it is missing with `python -m rxt_kernels.info`."
@@ -146,6 +172,8 @@ def explain(operation: str, backend: str) -> str:
         return "The eager definition, on every device."
     if backend in available_backends(found.name):
         return "Registered; a call that it cannot take is refused with the reason."
+    if backend == "triton" and (reason := triton_runtime.unavailable()) is not None:
+        return reason
     return f"This build has no {backend} backend here: nothing was registered when the package was imported."
 
 

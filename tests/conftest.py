@@ -1,13 +1,27 @@
-"""What every test starts from: few threads, fixed seeds, and fresh memory full of NaN."""
+"""What every test starts from: few threads, fixed seeds, fresh memory full of NaN, and Triton's kernels at hand.
+
+Without a GPU, kernels run in Triton's interpreter. It is chosen when they are defined, so the package is imported here
+with the variable set, which is then taken back: processes that tests start are as they would be for a user.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import rxt_kernels  # noqa: F401
+
+    if importlib.util.find_spec("triton") is not None:
+        import triton.experimental.gluon  # noqa: F401  (Triton imports it at its first launch)
+
+    del os.environ["TRITON_INTERPRET"]
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import rxt_kernels
 from rxt_kernels import dispatch, info
@@ -62,7 +63,8 @@ def test_auto_and_reference(name: str) -> None:
 @pytest.mark.parametrize("backend", ["triton", "native"])
 def test_a_backend_that_is_not_in_this_build(name: str, backend: str) -> None:
     if backend in available_backends(name):
-        pytest.skip(f"this build has a {backend} backend for {name}")
+        assert explain(name, backend).startswith("Registered")
+        return
     with pytest.raises(ValueError, match=f"no {backend} backend for {name}.*python -m rxt_kernels.info"):
         CALLS[name](backend)
     assert "no " + backend in explain(name, backend)
@@ -74,7 +76,10 @@ def test_an_unknown_backend(name: str) -> None:
         CALLS[name]("cuda")
 
 
-def double_reference(x: float) -> float:
+ONE = torch.tensor(1.0)
+
+
+def double_reference(x: Tensor) -> Tensor:
     return 2 * x
 
 
@@ -84,15 +89,15 @@ def operation() -> Iterator[Operation]:
     del dispatch._operations["double"]
 
 
-def refuse_negative(x: float) -> str | None:
+def refuse_negative(x: Tensor) -> str | None:
     return "x is negative." if x < 0 else None
 
 
 def test_a_registered_backend_is_preferred(operation: Operation) -> None:
     operation.register("native", lambda x: x + x, refuse_negative)
-    assert operation.select("auto", 1.0) is not double_reference
-    assert operation.select("native", 1.0) is operation.select("auto", 1.0)
-    assert operation.select("reference", 1.0) is double_reference
+    assert operation.select("auto", ONE) is not double_reference
+    assert operation.select("native", ONE) is operation.select("auto", ONE)
+    assert operation.select("reference", ONE) is double_reference
     assert available_backends("double") == ("native", "reference")
     assert explain("double", "native").startswith("Registered")
 
@@ -100,7 +105,7 @@ def test_a_registered_backend_is_preferred(operation: Operation) -> None:
 def test_an_explicit_request_raises_the_reason(operation: Operation) -> None:
     operation.register("native", lambda x: x + x, refuse_negative)
     with pytest.raises(ValueError, match="backend='native' cannot run this call of double: x is negative"):
-        operation.select("native", -1.0)
+        operation.select("native", -ONE)
 
 
 def test_auto_falls_back_and_says_so_once(operation: Operation, caplog: pytest.LogCaptureFixture) -> None:
@@ -108,12 +113,23 @@ def test_auto_falls_back_and_says_so_once(operation: Operation, caplog: pytest.L
     operation.register("native", lambda x: x + x, refuse_negative)
     with caplog.at_level(logging.WARNING, logger="rxt_kernels"):
         for _ in range(3):
-            assert operation.select("auto", -1.0) is double_reference
-            assert operation.select("auto", 1.0) is not double_reference
+            assert operation.select("auto", -ONE) is double_reference
+            assert operation.select("auto", ONE) is not double_reference
     assert sorted(record.getMessage() for record in caplog.records) == [
         "double runs on another backend than native: x is negative. (said once)",
         "double runs on another backend than triton: there is no GPU. (said once)",
     ]
+
+
+def test_auto_passes_over_a_backend_of_other_devices_without_a_word(
+    operation: Operation, caplog: pytest.LogCaptureFixture
+) -> None:
+    operation.register("triton", lambda x: x, lambda x: "it runs on a GPU.", devices=("cuda",))
+    with caplog.at_level(logging.WARNING, logger="rxt_kernels"):
+        assert operation.select("auto", ONE) is double_reference
+    assert not caplog.records
+    with pytest.raises(ValueError, match="it runs on a GPU"):
+        operation.select("triton", ONE)
 
 
 def test_registration_is_checked(operation: Operation) -> None:

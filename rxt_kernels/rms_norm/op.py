@@ -7,9 +7,16 @@ from torch import Tensor
 from rxt_kernels.checks import alike, floating, refuse_shape, refuse_value
 from rxt_kernels.dispatch import Operation
 from rxt_kernels.rms_norm.reference import add_rms_norm_reference, rms_norm_reference
+from rxt_kernels.triton_runtime import available
 
 _RMS_NORM = Operation("rms_norm", rms_norm_reference)
 _ADD_RMS_NORM = Operation("add_rms_norm", add_rms_norm_reference)
+
+if available():
+    from rxt_kernels.rms_norm import triton
+
+    _RMS_NORM.register("triton", triton.rms_norm_triton, triton.supports, devices=("cuda",))
+    _ADD_RMS_NORM.register("triton", triton.add_rms_norm_triton, triton.supports_sum, devices=("cuda",))
 
 
 def _check(x: Tensor, weight: Tensor, eps: float | None) -> None:

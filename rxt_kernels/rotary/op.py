@@ -7,10 +7,16 @@ from torch import Tensor
 from rxt_kernels.checks import floating, refuse_device, refuse_shape, refuse_value
 from rxt_kernels.dispatch import Operation
 from rxt_kernels.rotary.reference import rotary_reference
+from rxt_kernels.triton_runtime import available
 
 LAYOUTS = ("interleaved", "split")
 
 _ROTARY = Operation("rotary", rotary_reference)
+
+if available():
+    from rxt_kernels.rotary import triton
+
+    _ROTARY.register("triton", triton.rotary_triton, triton.supports, devices=("cuda",))
 
 
 def check_layout(name: str, layout: str) -> None:

@@ -26,8 +26,9 @@ def rotary_reference(x: Tensor, angles: Tensor, layout: str = "interleaved") -> 
     compute = torch.promote_types(torch.promote_types(x.dtype, angles.dtype), torch.float32)
     cos, sin = angles.cos().to(compute), angles.sin().to(compute)
     wide = x.to(compute)
-    if torch.compiler.is_compiling():
-        # The formula as it stands above: compilers generate no code for complex numbers.
+    if torch.compiler.is_compiling() or not wide.numel():
+        # The formula as it stands above: compilers generate no code for complex numbers, and those of an empty tensor have
+        # no gradient.
         first, second = wide.unflatten(-1, (-1, 2)).unbind(-1)
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
         rotated = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)

@@ -9,8 +9,14 @@ from rxt_kernels.checks import alike, floating, probability, refuse_device, refu
 from rxt_kernels.dispatch import Operation
 from rxt_kernels.rotary.op import check_angles, check_layout
 from rxt_kernels.sparse_query_attention.reference import sparse_query_attention_reference
+from rxt_kernels.triton_runtime import available
 
 _SPARSE_QUERY_ATTENTION = Operation("sparse_query_attention", sparse_query_attention_reference)
+
+if available():
+    from rxt_kernels.sparse_query_attention import triton
+
+    _SPARSE_QUERY_ATTENTION.register("triton", triton.sparse_query_attention_triton, triton.supports, devices=("cuda",))
 
 
 def check_heads(query: Tensor, key: Tensor, value: Tensor, key_name: str, value_name: str, shared: bool) -> None:

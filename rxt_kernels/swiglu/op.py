@@ -7,8 +7,14 @@ from torch import Tensor
 from rxt_kernels.checks import floating, refuse_shape
 from rxt_kernels.dispatch import Operation
 from rxt_kernels.swiglu.reference import swiglu_reference
+from rxt_kernels.triton_runtime import available
 
 _SWIGLU = Operation("swiglu", swiglu_reference)
+
+if available():
+    from rxt_kernels.swiglu import triton
+
+    _SWIGLU.register("triton", triton.swiglu_triton, triton.supports, devices=("cuda",))
 
 
 def swiglu(x: Tensor, *, backend: str = "auto") -> Tensor:

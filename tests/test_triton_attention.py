@@ -1,0 +1,136 @@
+"""Attention in Triton against its definition: head ratios, order, masks, lengths, rotation, odd sizes, half precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton_cases import DEVICE, needs_triton
+
+from rxt_kernels import memory_cross_attention, sparse_query_attention
+from rxt_kernels.testing import GRADIENT_FACTOR, assert_accurate
+
+pytestmark = needs_triton
+
+HEADS = [(1, 1), (4, 2), (6, 1), (2, 4), (3, 3)]
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE)
+
+
+def compare(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype, **options: Any) -> None:
+    """Outputs and gradients of the kernels against the definition in float64, by what eager torch does at this dtype."""
+    heads = max(query.shape[2], key.shape[2])
+    gradient = draw(*query.shape[:2], heads, query.shape[3]).to(dtype)
+    sides = [side.to(dtype) for side in (query, key, value)]
+
+    def run(sides: list[Tensor], backend: str, angle_dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [side.clone().requires_grad_() for side in sides]
+        own = {
+            name: value.to(angle_dtype) if name.endswith("angles") and value is not None else value
+            for name, value in options.items()
+        }
+        out = sparse_query_attention(*leaves, backend=backend, **own)  # type: ignore[misc]
+        return (out.detach(), *torch.autograd.grad(out, leaves, gradient.to(out.dtype)))
+
+    exact = run([side.double() for side in sides], "reference", torch.float64)
+    eager, fast = run(sides, "reference", torch.float32), run(sides, "triton", torch.float32)
+    for index, (own, plain, true) in enumerate(zip(fast, eager, exact, strict=True)):
+        assert_accurate(own, plain, true, factor=2.0 if index == 0 else GRADIENT_FACTOR)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("query_heads", "key_heads"), HEADS)
+def test_head_ratios(query_heads: int, key_heads: int, causal: bool, dtype: torch.dtype) -> None:
+    compare(
+        draw(2, 9, query_heads, 16), draw(2, 9, key_heads, 16), draw(2, 9, key_heads, 16), dtype, causal=causal
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("query_time", "key_time"), [(1, 1), (1, 70), (5, 70), (65, 66), (66, 3)])
+def test_times_that_differ_and_blocks_that_end_early(query_time: int, key_time: int, causal: bool) -> None:
+    compare(
+        draw(1, query_time, 2, 16), draw(1, key_time, 1, 16), draw(1, key_time, 1, 16), torch.float32, causal=causal
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim", [2, 8, 24, 64, 96, 128])
+def test_head_sizes(head_dim: int) -> None:
+    compare(draw(1, 5, 2, head_dim), draw(1, 7, 2, head_dim), draw(1, 7, 2, head_dim), torch.float32)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_masks_and_rows_that_see_nothing(causal: bool) -> None:
+    query, key, value = draw(3, 6, 2, 16), draw(3, 6, 2, 16), draw(3, 6, 2, 16)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 0, 1, 1], [0, 0, 0, 0, 0, 0]], dtype=torch.bool, device=DEVICE)
+    compare(query, key, value, torch.float32, causal=causal, key_mask=mask)
+    out = sparse_query_attention(query, key, value, key_mask=mask, backend="triton")
+    assert bool((out[2] == 0).all())
+    lengths = torch.tensor([6, 2, 0], device=DEVICE)
+    compare(query, key, value, torch.float32, causal=causal, key_lengths=lengths)
+
+
+@pytest.mark.parametrize("head_dim", [16, 24])
+@pytest.mark.parametrize("layout", ["interleaved", "split"])
+@pytest.mark.parametrize("sides", ["query", "key", "both"])
+def test_rotation(sides: str, layout: str, head_dim: int) -> None:
+    angles = 9 * torch.rand(2, 7, head_dim // 2, device=DEVICE)
+    compare(
+        draw(2, 7, 4, head_dim), draw(2, 7, 2, head_dim), draw(2, 7, 2, head_dim), torch.float32, causal=True,
+        query_angles=None if sides == "key" else angles, key_angles=None if sides == "query" else angles[0],
+        rotary_layout=layout,
+    )  # fmt: skip
+
+
+def test_views_and_a_scale() -> None:
+    key, value = draw(2, 2, 9, 16).transpose(1, 2)[:, 1:7], draw(2, 9, 2, 32)[:, 1:7, :, ::2]
+    query = draw(3, 5, 2, 2, 16)[:, :, :, 1].transpose(0, 1)[:2, :, :, :]
+    options: dict[str, Any] = {"scale": 0.7, "causal": False}
+    torch.testing.assert_close(
+        sparse_query_attention(query, key, value, backend="triton", **options),
+        sparse_query_attention(query, key, value, backend="reference", **options),
+    )
+
+
+def test_large_scores_stay_finite() -> None:
+    query, key, value = 100 * draw(1, 5, 1, 16), 100 * draw(1, 5, 1, 16), draw(1, 5, 1, 16)
+    torch.testing.assert_close(
+        sparse_query_attention(query, key, value, backend="triton"),
+        sparse_query_attention(query, key, value, backend="reference"), rtol=1e-4, atol=1e-4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("layout", ["interleaved", "split"])
+def test_memory_reads(layout: str, shared: bool) -> None:
+    query, angles = draw(3, 4, 4, 16), 5 * torch.rand(3, 4, 8, device=DEVICE)
+    memory = [draw(1 if shared else 3, 10, 2, 16) for _ in range(2)]
+    gradient = draw(3, 4, 4, 16)
+
+    def run(backend: str) -> tuple[Tensor, ...]:
+        leaves = [side.clone().requires_grad_() for side in (query, *memory)]
+        out = memory_cross_attention(*leaves, query_angles=angles, rotary_layout=layout, backend=backend)  # type: ignore[arg-type]
+        return (out.detach(), *torch.autograd.grad(out, leaves, gradient))
+
+    for fast, slow in zip(run("triton"), run("reference"), strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+
+
+def test_the_operator_is_well_made() -> None:
+    query, key, value = (draw(1, 3, heads, 16).requires_grad_() for heads in (2, 1, 1))
+    arguments = (query, key, value, True, None, None, None, None, False, 0.25)
+    torch.library.opcheck(torch.ops.rxt_kernels.sparse_query_attention_triton, arguments)
+
+
+def test_dropout_and_odd_heads_are_refused_by_name() -> None:
+    query = draw(1, 2, 1, 16)
+    with pytest.raises(ValueError, match=r"dropout is 0\.1"):
+        sparse_query_attention(query, query, query, dropout=0.1, backend="triton")
+    wide = draw(1, 2, 1, 258)
+    with pytest.raises(ValueError, match="heads have 258 values"):
+        sparse_query_attention(wide, wide, wide, backend="triton")
