@@ -16,6 +16,7 @@ from rxt_model.training import memory_aware
 from rxt_model.training.demo import (
     DemoShape,
     Phase,
+    close_gates,
     demo_model,
     stateless_model,
     train_demo,
@@ -28,7 +29,7 @@ from rxt_model.training.fact_values import VALUES
 from rxt_model.training.facts import ATTRIBUTES, UNKNOWN_ANSWER, Wording, attribute_named, values_in_answer
 from rxt_model.training.history import history_objective
 from rxt_model.training.loop import make_optimizer, train, training_batch
-from rxt_model.training.memory_aware import episode_loss, initial_memory, unroll_memory
+from rxt_model.training.memory_aware import episode_loss, initial_memory, unroll_memory, write_cost
 from rxt_model.training.recall import (
     RecallReport,
     measure_history_recall,
@@ -385,6 +386,7 @@ def test_checkpoints_that_do_not_belong_are_refused(
         (lambda: Stage(1.0, (2,), 4, 3, emphasis="none"), "emphasis"),
         (lambda: TrainingSettings(checkpoint_every=0), "checkpoint_every"),
         (lambda: TrainingSettings(shards=0), "shards"),
+        (lambda: TrainingSettings(write_cost_weight=-1.0), "write_cost_weight"),
         (lambda: TrainingSettings(gate_rate=0.0), "gate_rate"),
         (lambda: ShardGradients(torch.nn.Linear(1, 1), _failing_shard, shards=1, workers=0), "workers"),
         (lambda: TrainingSettings(stages=()), "stages"),
@@ -397,7 +399,7 @@ def test_checkpoints_that_do_not_belong_are_refused(
         (lambda: EpisodeWriter(Wording("train"), ()).recall_episode(random.Random(0), 0), "distance"),
         (lambda: batch_episodes(None, []), "episodes"),  # type: ignore[arg-type]
         (lambda: train_demo("never-made", steps=0), "steps"),
-        (lambda: train_demo(__file__, steps=1), "output_directory"),
+        (lambda: train_demo(__file__, steps=2), "output_directory"),
     ],
 )
 def test_arguments_are_refused_by_name(call: object, message: str) -> None:
@@ -433,6 +435,27 @@ def test_the_whole_recipe_makes_a_model_that_loads(tmp_path: Path) -> None:
     )
     assert seen == [1]
     assert RxTAlpha.from_pretrained(further).stm.size == 12
+
+
+@torch.no_grad()
+def test_closed_gates_change_less(model: RxTAlpha) -> None:
+    encoded, start = torch.randn(2, 3, 5, 32), torch.randn(2, 3, 6, 32)
+    before = (model.memory_attention(encoded, None, start) - start).square().mean()
+    close_gates(model, 3.0)
+    assert (model.memory_attention(encoded, None, start) - start).square().mean() < 0.3 * before
+    close_gates(model, 20.0)
+    torch.testing.assert_close(model.memory_attention(encoded, None, start)[0], start[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_write_cost_is_the_share_of_memory_that_changes() -> None:
+    memories = torch.randn(2, 2 * 3, 4, 8)
+    assert float(write_cost(memories, 1)) == 0.0
+    same = memories.unflatten(1, (2, 3))[:, :, :1].expand(-1, -1, 3, -1, -1).flatten(1, 2)
+    assert float(write_cost(same, 3)) < 1e-3
+    half = same.clone()
+    half[:, 1::3, :2] *= -1  # two of four slots turn around, and turn back
+    assert float(write_cost(half, 3)) == pytest.approx(0.5, abs=1e-3)
 
 
 @torch.no_grad()
