@@ -20,8 +20,14 @@ from rxt_kernels.mixture_of_experts.reference import (
     mixture_of_experts_reference,
     route_reference,
 )
+from rxt_kernels.triton_runtime import available
 
 _MIXTURE_OF_EXPERTS = Operation("mixture_of_experts", mixture_of_experts_reference)
+
+if available():
+    from rxt_kernels.mixture_of_experts import triton
+
+    _MIXTURE_OF_EXPERTS.register("triton", triton.mixture_of_experts_triton, triton.supports, devices=("cuda",))
 
 
 def _check_router(x: Tensor, router_weight: Tensor, top_k: int, router_dtype: torch.dtype | None) -> None:

@@ -237,6 +237,27 @@ def shared_experts_reference(
     return output, imbalance
 
 
+def add_shared_experts(
+    output: Tensor,
+    loss: Tensor,
+    x: Tensor,
+    shared: SharedExperts,
+    top_k: int,
+    activation: str,
+    gated: bool,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Routed output and load-balance loss -> those of routed and shared experts together."""
+    shared_output, imbalance = shared_experts_reference(x, shared, activation, gated, dropout)
+    number = len(shared.w1)
+    if shared.weighted:
+        output = output * (top_k / (top_k + number))
+        shared_output = shared_output * (number / (top_k + number))
+    if number > 1 and isinstance(shared.w1, Tensor):
+        loss = loss + imbalance
+    return output + shared_output, loss
+
+
 def mixture_of_experts_reference(
     x: Tensor,
     router_weight: Tensor,
@@ -272,14 +293,7 @@ def mixture_of_experts_reference(
     else:
         output = routed_experts_reference(flat, weights, chosen, experts, hidden_scale)
     if shared is not None:
-        shared_output, imbalance = shared_experts_reference(flat, shared, activation, gated, dropout)
-        number_shared = len(shared.w1)
-        if shared.weighted:
-            output = output * (top_k / (top_k + number_shared))
-            shared_output = shared_output * (number_shared / (top_k + number_shared))
-        output = output + shared_output
-        if number_shared > 1 and isinstance(shared.w1, Tensor):
-            loss = loss + imbalance
+        output, loss = add_shared_experts(output, loss, flat, shared, top_k, activation, gated, dropout)
     if global_bias is not None:
         output = output + global_bias
     return MixtureOfExpertsOutput(output.to(x.dtype).view(x.shape), loss)
