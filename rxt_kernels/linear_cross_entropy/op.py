@@ -8,8 +8,14 @@ from torch import Tensor
 from rxt_kernels.checks import alike, floating, refuse_device, refuse_shape, refuse_type, refuse_value
 from rxt_kernels.dispatch import Operation
 from rxt_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+from rxt_kernels.triton_runtime import available
 
 _LINEAR_CROSS_ENTROPY = Operation("linear_cross_entropy", linear_cross_entropy_reference)
+
+if available():
+    from rxt_kernels.linear_cross_entropy import triton
+
+    _LINEAR_CROSS_ENTROPY.register("triton", triton.linear_cross_entropy_triton, triton.supports, devices=("cuda",))
 
 
 def _check_target_range(target: Tensor, classes: int, ignore_index: int) -> None:
