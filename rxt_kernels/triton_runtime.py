@@ -1,4 +1,4 @@
-"""What all Triton kernels share: whether they can run here, how they are launched, and how launches are counted.
+"""What all Triton kernels share: whether they can run here, how they are launched, counted, and recorded.
 
 Kernels run on a GPU, or, slowly and for tests only, on the CPU in Triton's interpreter, which has to be chosen by the
 environment variable ``TRITON_INTERPRET=1`` before this package is imported.
@@ -11,12 +11,22 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "available", "count_launches", "launch", "row_view", "unavailable", "unsupported_tensors"]
+__all__ = [
+    "INTERPRETED",
+    "Launch",
+    "available",
+    "count_launches",
+    "launch",
+    "record_launches",
+    "row_view",
+    "unavailable",
+    "unsupported_tensors",
+]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in the interpreter, on the CPU."""
@@ -24,6 +34,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 _counters: list[Counter[str]] = []
+_records: list[list[Launch]] = []
+
+
+class Launch(NamedTuple):
+    """One launch that was recorded instead of made."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
 
 
 def unavailable() -> str | None:
@@ -66,6 +86,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, on: Tensor, **op
         return
     for counter in _counters:
         counter[kernel.fn.__name__] += 1
+    if _records:
+        _records[-1].append(Launch(kernel, grid, arguments, options))
+        return
     if on.device.type == "cuda":
         with torch.cuda.device(on.device):
             kernel[grid](*arguments, **options)
@@ -89,6 +112,24 @@ def count_launches() -> Iterator[Counter[str]]:
         yield counter
     finally:
         _counters.remove(counter)
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Record launches inside the block instead of making them: outputs stay uninitialised, and no GPU is needed.
+
+    Example:
+        >>> with record_launches() as launches:
+        ...     pass
+        >>> launches
+        []
+    """
+    record: list[Launch] = []
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records.remove(record)
 
 
 def row_view(x: Tensor) -> Tensor:

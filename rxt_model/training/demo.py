@@ -300,7 +300,7 @@ def widen_memory(model: RxTAlpha, slots: int) -> RxTAlpha:
     )
     weights = dict(model.named_parameters())
     for name, parameter in wide.named_parameters():
-        value = weights[name]
+        value: Tensor = weights[name]
         if value.shape != parameter.shape:
             value = torch.block_diag(*[value] * copies) if value.dim() == 2 else value.tile(copies)
         parameter.copy_(value)

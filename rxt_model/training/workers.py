@@ -65,7 +65,7 @@ def _serve(
             for shard in shards:
                 outcome = _outcome(model, compute, step, shard)
                 connection.send(outcome.report)
-                connection.send_bytes(memoryview(outcome.gradient.numpy()).cast("B"))
+                connection.send_bytes(outcome.gradient.numpy().data.cast("B"))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
@@ -136,7 +136,7 @@ class ShardGradients:
                 vector = nn.utils.parameters_to_vector(self.model.parameters()).detach().numpy()
                 for _, connection, _ in self._others:
                     connection.send(step)
-                    connection.send_bytes(memoryview(vector).cast("B"))
+                    connection.send_bytes(vector.data.cast("B"))
             for shard in range(0, self.shards, self.workers):
                 outcomes[shard] = _outcome(self.model, self.compute, step, shard)
             for _, connection, shards in self._others:
