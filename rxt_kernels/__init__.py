@@ -1,5 +1,6 @@
 """The operations of a Reactive Transformer: one eager definition each, and the backends that must equal it."""
 
+from rxt_kernels.dispatch import use_backend
 from rxt_kernels.linear_cross_entropy import linear_cross_entropy
 from rxt_kernels.memory_cross_attention import memory_cross_attention
 from rxt_kernels.memory_update import (
@@ -47,4 +48,5 @@ __all__ = [
     "route",
     "sparse_query_attention",
     "swiglu",
+    "use_backend",
 ]

@@ -9,26 +9,44 @@ arguments of the reference, in the same order, and ``supports`` with those argum
 ``register("triton", function, supports)`` on the operation it owns. The arguments have been checked before either is called.
 
 A backend names the devices that ``auto`` may choose it for. On other devices ``auto`` passes it over without a word; asked
-for by name, it answers with its reason.
+for by name, it answers with its reason. :func:`use_backend` makes ``auto`` prefer one backend inside a block, wherever the
+tensors are: that is how a whole model is run on a backend of one's choice.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
 from rxt_kernels import triton_runtime
 
-__all__ = ["BACKENDS", "Backend", "Operation", "available_backends", "explain", "operations"]
+__all__ = ["BACKENDS", "Backend", "Operation", "available_backends", "explain", "operations", "use_backend"]
 
 BACKENDS: tuple[str, ...] = ("reference", "triton", "native")
 """Every backend name that is known; the order says nothing about preference."""
 
 _logger = logging.getLogger("rxt_kernels")
 _operations: dict[str, Operation] = {}
+
+
+class _Preference(threading.local):
+    """What `auto` prefers in this thread.
+
+    A ``contextvars.ContextVar`` would say the same, but torch.compile cannot read one, while it guards what it reads here:
+    a compiled function is compiled again, once, for another preference.
+    """
+
+    def __init__(self) -> None:
+        # Set per thread and not on the class, whose attributes torch.compile takes for constants.
+        self.backend: str = "auto"
+
+
+_preference = _Preference()
 
 
 class Backend(NamedTuple):
@@ -90,11 +108,14 @@ class Operation:
         Raises:
             ValueError: the name is unknown, or the backend cannot take this call; the message is its reason.
         """
-        # One comparison on the decode path: nothing else is decided while only the reference exists.
-        if backend == "reference" or (backend == "auto" and not self.accelerated):
+        if backend == "reference":
             return self.reference
         if backend != "auto":
             return self._requested(backend, arguments)
+        if _preference.backend != "auto":
+            preferred = self._preferred(_preference.backend, arguments)
+            if preferred is not None:
+                return preferred
         for candidate in self.accelerated:
             if arguments[0].device.type not in candidate.devices:
                 continue
@@ -119,6 +140,20 @@ class Operation:
                 return candidate.function
         raise ValueError(_absent(self.name, backend))
 
+    def _preferred(self, backend: str, arguments: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """The implementation that a block prefers, on whatever device; None, said once, if it cannot take this call."""
+        if backend == "reference":
+            return self.reference
+        for candidate in self.accelerated:
+            if candidate.name == backend:
+                reason = candidate.supports(*arguments)
+                if reason is None:
+                    return candidate.function
+                self._tell_once(backend, reason)
+                return None
+        self._tell_once(backend, explain(self.name, backend))
+        return None
+
     def _tell_once(self, backend: str, reason: str) -> None:
         if torch.compiler.is_compiling() or backend in self._told:
             return
@@ -133,6 +168,39 @@ def _absent(operation: str, backend: str) -> str:
         f"backend={backend!r} was asked for, but this build has no {backend} backend for {operation}; use "
         "backend='auto' or 'reference', and see why it is missing with `python -m rxt_kernels.info`."
     )
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Make every operation that is called with ``backend="auto"``, as models do, prefer one backend inside the block.
+
+    Unlike `auto` alone it does so on every device that the backend can run on: on the CPU, Triton's kernels run in the
+    interpreter. A call that the backend cannot take runs as it would without the block, and says why once. The preference
+    holds in this thread only. torch.compile takes it into account, whether the block is around or inside of a compiled
+    function.
+
+    Args:
+        backend: "reference", "triton" or "native"; "auto" takes back the preference of a block around this one.
+
+    Raises:
+        ValueError: there is no backend of this name.
+
+    Example:
+        >>> import torch, rxt_kernels
+        >>> with rxt_kernels.use_backend("reference"):
+        ...     rxt_kernels.rms_norm(torch.tensor([3.0, 4.0]), torch.ones(2))
+        tensor([0.8485, 1.1314])
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(
+            f"backend is {backend!r}, which is not known; it is one of 'auto', {', '.join(map(repr, BACKENDS))}."
+        )
+    before = _preference.backend
+    _preference.backend = backend
+    try:
+        yield
+    finally:
+        _preference.backend = before
 
 
 def operations() -> dict[str, Operation]:

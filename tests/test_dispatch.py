@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import rxt_kernels
 from rxt_kernels import dispatch, info
-from rxt_kernels.dispatch import Operation, available_backends, explain, operations
+from rxt_kernels.dispatch import Operation, available_backends, explain, operations, use_backend
 from rxt_kernels.testing import make_gate, make_memory_update_layers, make_norm
 
 LAYERS, MEAN_NORM = make_memory_update_layers("interlayer", 2, 3, 8)
@@ -130,6 +132,78 @@ def test_auto_passes_over_a_backend_of_other_devices_without_a_word(
     assert not caplog.records
     with pytest.raises(ValueError, match="it runs on a GPU"):
         operation.select("triton", ONE)
+
+
+def test_a_block_prefers_a_backend_on_every_device(operation: Operation) -> None:
+    operation.register("native", lambda x: x + x, refuse_negative)
+    operation.register("triton", lambda x: x, lambda x: None, devices=("cuda",))
+    by_default, native, triton = (operation.select(name, ONE) for name in ("auto", "native", "triton"))
+    assert by_default is native
+    with use_backend("triton"):
+        assert operation.select("auto", ONE) is triton
+        assert operation.select("native", ONE) is native
+        with use_backend("reference"):
+            assert operation.select("auto", ONE) is double_reference
+        with use_backend("auto"):
+            assert operation.select("auto", ONE) is native
+        with pytest.raises(RuntimeError, match="left"), use_backend("native"):
+            raise RuntimeError("left")
+        assert operation.select("auto", ONE) is triton
+    assert operation.select("auto", ONE) is native
+
+
+def test_a_preference_that_cannot_be_met_is_said_once(operation: Operation, caplog: pytest.LogCaptureFixture) -> None:
+    operation.register("triton", lambda x: x, refuse_negative, devices=("cuda",))
+    with caplog.at_level(logging.WARNING, logger="rxt_kernels"):
+        for _ in range(2):
+            with use_backend("triton"):
+                assert operation.select("auto", -ONE) is double_reference
+            with use_backend("native"):
+                assert operation.select("auto", ONE) is double_reference
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first == "double runs on another backend than triton: x is negative. (said once)"
+    assert second.startswith("double runs on another backend than native: This build has no native backend")
+
+
+def test_a_preference_holds_in_its_own_thread(operation: Operation) -> None:
+    operation.register("native", lambda x: x + x, refuse_negative)
+    chosen: list[Callable[..., Any]] = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: chosen.append(operation.select("auto", ONE)))
+        thread.start()
+        thread.join()
+        assert operation.select("auto", ONE) is double_reference
+    assert chosen == [operation.select("native", ONE)]
+
+
+def test_a_preference_is_seen_by_a_compiled_function(operation: Operation) -> None:
+    operation.register("native", lambda x: x + 1, lambda x: None, devices=("cuda",))
+
+    def call(x: Tensor) -> Tensor:
+        return operation.select("auto", x)(x)
+
+    def call_inside(x: Tensor) -> Tensor:
+        with use_backend("native"):
+            return operation.select("auto", x)(x)
+
+    counter = CompileCounter()
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    five = torch.tensor(5.0)
+    for _ in range(2):
+        assert compiled(five) == 10
+        with use_backend("native"):
+            assert compiled(five) == 6
+    assert counter.frame_count == 2
+    assert torch.compile(call_inside, fullgraph=True, backend="eager")(five) == 6
+    assert operation.select("auto", five) is double_reference
+
+
+def test_a_preference_is_checked() -> None:
+    with (
+        pytest.raises(ValueError, match=r"backend is 'cuda'.*'auto', 'reference', 'triton', 'native'"),
+        use_backend("cuda"),
+    ):
+        pass
 
 
 def test_registration_is_checked(operation: Operation) -> None:
