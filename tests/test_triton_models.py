@@ -1,0 +1,160 @@
+"""Whole models on Triton's kernels against the reference: logits, memory, gradients of a training step, and answers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import BETA_TOKENS, EOS, VOCABULARY, messages, right_padded
+from torch import Tensor
+from triton_cases import DEVICE, needs_triton
+
+from rxt_kernels import linear_cross_entropy, use_backend
+from rxt_kernels.testing import GRADIENT_FACTOR, assert_accurate
+from rxt_kernels.triton_runtime import count_launches
+from rxt_model import MemoryAttentionConfig, RxTBeta, TransformerConfig
+
+pytestmark = needs_triton
+
+
+def beta() -> RxTBeta:
+    """An RxT-Beta in small: fewer query heads, stacked experts, gates between a layer's memory and the mean of all."""
+    common = {"num_layers": 2, "embed_dim": 32, "att_heads": 2, "att_query_groups": 2, "stm_size": 6}
+    transformer = {**common, "vocab_size": VOCABULARY, "ff_dim": 24}
+    torch.manual_seed(0)
+    return RxTBeta(
+        TransformerConfig(
+            **transformer, use_moe=True, num_experts=3, moe_top_k=2, num_shared_experts=0, moe_bias_mode="local"
+        ),  # type: ignore[arg-type]
+        TransformerConfig(**transformer, skip_memory_cross_attention=True),  # type: ignore[arg-type]
+        MemoryAttentionConfig(
+            **common, use_gated_residual=True, residual_gate_type="elementwise", use_tanh_residual_gate=False
+        ),  # type: ignore[arg-type]
+        BETA_TOKENS,
+        "gated-self-interlayer",
+    )
+
+
+def beta_3b() -> RxTBeta:
+    """What RxT-Beta 3B has besides: stateless layers, shared experts, gated attention, a head norm, groups of layers."""
+    common = {"num_layers": 2, "embed_dim": 16, "att_heads": 2, "att_query_groups": 2, "stm_size": 5}
+    transformer = {
+        **common, "vocab_size": VOCABULARY, "ff_dim": 12, "use_gated_attention": True, "use_attention_output_bias": False,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return RxTBeta(
+        TransformerConfig(
+            **transformer, use_moe=True, num_experts=4, moe_top_k=2, num_shared_experts=2, shared_expert_dim=10,
+            moe_bias_mode="global", moe_shared_experts_bias_mode="global", use_gated_cross_attention=False,
+            use_head_norm=True, head_norm_type="rms_norm", dense_layer_dim=20, stateless_layers_config=("dense", "moe"),
+            final_stateless_layers_config=("moe",), router_amp=True, router_dtype="float32",
+        ),  # type: ignore[arg-type]
+        TransformerConfig(**transformer, skip_memory_cross_attention=True),  # type: ignore[arg-type]
+        MemoryAttentionConfig(
+            **common, use_gated_residual=True, residual_gate_type="elementwise", use_tanh_residual_gate=False, num_groups=2
+        ),  # type: ignore[arg-type]
+        BETA_TOKENS,
+        "grouped-self-interlayer",
+    )  # fmt: skip
+
+
+MODELS = {"beta": beta, "beta-3b": beta_3b}
+FORWARD = {"_sqa_fwd_kernel", "_rms_norm_fwd_kernel", "_swiglu_fwd_kernel", "_experts_up_kernel", "_combine_kernel"}
+BACKWARD = {"_sqa_bwd_dq_kernel", "_rms_norm_bwd_kernel", "_swiglu_bwd_kernel", "_weight_gradient_kernel"}
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> RxTBeta:
+    made: RxTBeta = MODELS[request.param]().eval().to(DEVICE)
+    with torch.no_grad():
+        # Biases and gates start at constants; a formula that forgot one would pass.
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return made
+
+
+def padded(lengths: list[int], seed: int) -> tuple[Tensor, Tensor]:
+    rows = right_padded(messages(lengths, seed))
+    return rows["input_ids"].to(DEVICE), rows["attention_mask"].to(DEVICE)
+
+
+def three_ways(
+    model: RxTBeta, compute: Callable[[RxTBeta], dict[str, Tensor]]
+) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+    """(name, on Triton, in eager torch, in float64) of everything computed."""
+    with use_backend("reference"):
+        exact, eager = compute(copy.deepcopy(model).double()), compute(model)
+    with use_backend("triton"):
+        fast = compute(model)
+    assert fast.keys() == exact.keys()
+    return [(name, fast[name], eager[name], exact[name]) for name in exact]
+
+
+def test_logits_and_memory_after_two_updates(model: RxTBeta) -> None:
+    first, second = padded([7, 3], seed=1), padded([4, 9], seed=2)
+    start = torch.randn(2, 2, model.stm.size, model.stm.dim, device=DEVICE)
+
+    @torch.no_grad()
+    def compute(model: RxTBeta) -> dict[str, Tensor]:
+        memory = start.to(model.stm.memory.dtype)
+        found = {}
+        for name, (ids, mask) in (("first", first), ("second", second)):
+            logits = model.decoder(ids, mask, memory)
+            memory = model.memory_attention(model.encoder(ids, mask), mask, memory)
+            found |= {f"logits of the {name} message": logits[mask], f"memory after the {name}": memory}
+        return found
+
+    with count_launches() as launches:
+        found = three_ways(model, compute)
+    assert launches.keys() >= FORWARD
+    for _, own, plain, true in found:
+        assert_accurate(own, plain, true)
+
+
+def test_gradients_of_a_training_step(model: RxTBeta) -> None:
+    """Through the answer, the memory it read, and the encoder of the turn that was written."""
+    heard, answered = padded([5, 8], seed=3), padded([6, 4], seed=4)
+    start = torch.randn(2, 2, model.stm.size, model.stm.dim, device=DEVICE)
+
+    def compute(model: RxTBeta) -> dict[str, Tensor]:
+        memory = model.memory_attention(model.encoder(*heard), heard[1], start.to(model.stm.memory.dtype))
+        ids, mask = answered
+        states = model.decoder.hidden_states(ids, mask, memory)
+        head = model.decoder.model.head
+        hidden = (
+            states.hidden if model.decoder.model.head_norm is None else model.decoder.model.head_norm(states.hidden)
+        )
+        target = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
+        loss = linear_cross_entropy(hidden[:, :-1], head.weight, target, bias=head.bias)
+        assert states.load_balance_loss is not None
+        loss = loss + 0.01 * states.load_balance_loss
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
+        return {name: gradient for (name, _), gradient in zip(named, gradients, strict=True) if gradient is not None}
+
+    with count_launches() as launches:
+        found = three_ways(model, compute)
+    assert launches.keys() >= BACKWARD
+    assert len(found) > 60
+    for _, own, plain, true in found:
+        assert_accurate(own, plain, true, factor=GRADIENT_FACTOR)
+
+
+def test_greedy_answers_are_the_same(model: RxTBeta) -> None:
+    with torch.no_grad():
+        model.decoder.model.head.bias[EOS] -= 9.0
+    ids = torch.tensor(messages([5], seed=5))
+    memory = model.export_stm_state()
+
+    def talk(backend: str) -> list[list[int]]:
+        model.load_stm_state(memory)
+        with use_backend(backend):
+            return [list(model.interact(ids, temperature=0.0, max_seq_len=11)) for _ in range(2)]
+
+    with count_launches() as launches:
+        answers = talk("triton")
+    assert launches.keys() >= FORWARD
+    assert answers == talk("reference")
+    assert len(answers[1]) > 4
