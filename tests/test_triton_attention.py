@@ -123,7 +123,7 @@ def test_memory_reads(layout: str, shared: bool) -> None:
 
 def test_the_operator_is_well_made() -> None:
     query, key, value = (draw(1, 3, heads, 16).requires_grad_() for heads in (2, 1, 1))
-    arguments = (query, key, value, True, None, None, None, None, False, 0.25)
+    arguments = (query, key, value, True, None, None, None, False, 0.25)
     torch.library.opcheck(torch.ops.rxt_kernels.sparse_query_attention_triton, arguments)
 
 

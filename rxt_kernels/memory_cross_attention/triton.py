@@ -1,6 +1,8 @@
 """Memory cross-attention in Triton: the kernels of sparse query attention, without mask, order, or rotated keys.
 
-One memory that is shared by a batch of queries is read in place: its batch stride is zero, nothing is expanded in memory.
+A prefill is one launch. Where no gradient is wanted, few queries split the memory between programs
+(``sparse_query_attention/triton_decode.py``). One memory that is shared by a batch of queries is read in place and never
+expanded: a prefill gives it a batch stride of zero, and a decode step reads it once for the queries of all rows.
 """
 
 from __future__ import annotations
@@ -33,7 +35,6 @@ def memory_cross_attention_triton(
     scale: float | None = None,
 ) -> Tensor:
     """query (B, T, Hq, dh), memory_key and memory_value (1 | B, S, Hkv, dh) -> (B, T, max(Hq, Hkv), dh)."""
-    key, value = (side.expand(query.shape[0], -1, -1, -1) for side in (memory_key, memory_value))
     return attention.sparse_query_attention_triton(
-        query, key, value, query_angles=query_angles, rotary_layout=rotary_layout, scale=scale
+        query, memory_key, memory_value, query_angles=query_angles, rotary_layout=rotary_layout, scale=scale
     )
