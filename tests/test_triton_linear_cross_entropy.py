@@ -8,6 +8,7 @@ from torch import Tensor
 from triton_cases import DEVICE, needs_triton
 
 from rxt_kernels import linear_cross_entropy
+from rxt_kernels.configs import override_config
 from rxt_kernels.linear_cross_entropy import triton as kernels
 from rxt_kernels.testing import GRADIENT_FACTOR, assert_accurate
 
@@ -50,6 +51,15 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "LARGEST_CHUNK", 40)
     assert len(kernels._chunks(9, 20)) == 5
     compare(hidden, weight, None, target, torch.float32, "mean")
+
+
+@pytest.mark.parametrize("classes", [15, 16, 17, 32, 33])
+def test_whole_blocks_and_the_rest(classes: int) -> None:
+    hidden, weight = torch.randn(3, 12, device=DEVICE), torch.randn(classes, 12, device=DEVICE)
+    target = torch.tensor([0, classes - 1, classes // 2], device=DEVICE)
+    row = {"BLOCK": 16, "num_warps": 1, "num_stages": 1}
+    with override_config("linear_cross_entropy_fwd", row), override_config("linear_cross_entropy_bwd", row):
+        compare(hidden, weight, torch.randn(classes, device=DEVICE), target, torch.float32, "mean")
 
 
 def test_no_target_counts() -> None:

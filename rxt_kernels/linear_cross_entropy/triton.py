@@ -15,25 +15,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rxt_kernels.configs import block_config
 from rxt_kernels.triton_runtime import launch, unsupported_tensors
 
 LARGEST_CHUNK = 1 << 24
-BLOCK = 1024
+ALIGNMENT = 16
+"""Values that a row of logits is padded to, so that every row begins where the widest loads can."""
 
 
 @triton.jit
-def _cross_entropy_fwd_kernel(logits, target, losses, log_sums, classes, ignored, BLOCK: tl.constexpr):
+def _fold(highest, total, value):
+    """Running maximum and sum of exponentials, per lane, with one more block of values."""
+    higher = tl.maximum(highest, value)
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    return higher, total * tl.exp(highest - base) + tl.exp(value - base)
+
+
+@triton.jit
+def _cross_entropy_fwd_kernel(logits, target, losses, log_sums, row_stride, classes, ignored, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    logits += row * classes
+    logits += row * row_stride
+    column = tl.arange(0, BLOCK)
     highest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for first in range(0, classes, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        value = tl.load(logits + column, mask=column < classes, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(highest, value)
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(highest - base) + tl.exp(value - base)
-        highest = higher
+    # Whole blocks need no mask, which would cut loads to single values wherever it does not end at a multiple of 16.
+    whole = classes // BLOCK * BLOCK
+    for first in range(0, whole, BLOCK):
+        highest, total = _fold(highest, total, tl.load(logits + first + column).to(tl.float32))
+    rest = whole + column
+    value = tl.load(logits + rest, mask=rest < classes, other=float("-inf")).to(tl.float32)
+    highest, total = _fold(highest, total, value)
     top = tl.max(highest, axis=0)
     base = tl.where(top == float("-inf"), 0.0, top)
     log_sum = top + tl.log(tl.sum(total * tl.exp(highest - base), axis=0))
@@ -48,21 +59,43 @@ def _cross_entropy_fwd_kernel(logits, target, losses, log_sums, classes, ignored
 
 
 @triton.jit
-def _cross_entropy_bwd_kernel(logits, target, log_sums, factors, classes, ignored, BLOCK: tl.constexpr):
+def _logit_gradient(value, column, log_sum, chosen, factor):
+    return (tl.exp(value.to(tl.float32) - log_sum) - tl.where(column == chosen, 1.0, 0.0)) * factor
+
+
+@triton.jit
+def _cross_entropy_bwd_kernel(logits, target, log_sums, factors, row_stride, classes, ignored, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    logits += row * classes
+    logits += row * row_stride
     log_sum = tl.load(log_sums + row)
     chosen = tl.load(target + row)
     factor = tl.where(chosen != ignored, tl.load(factors + row), 0.0)
-    for first in range(0, classes, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        value = tl.load(logits + column, mask=column < classes, other=0.0).to(tl.float32)
-        share = tl.exp(value - log_sum) - tl.where(column == chosen, 1.0, 0.0)
-        tl.store(logits + column, (share * factor).to(logits.dtype.element_ty), mask=column < classes)
+    column = tl.arange(0, BLOCK)
+    whole = classes // BLOCK * BLOCK
+    for first in range(0, whole, BLOCK):
+        gradient = _logit_gradient(tl.load(logits + first + column), first + column, log_sum, chosen, factor)
+        tl.store(logits + first + column, gradient.to(logits.dtype.element_ty))
+    rest = whole + column
+    gradient = _logit_gradient(
+        tl.load(logits + rest, mask=rest < classes, other=0.0), rest, log_sum, chosen, factor
+    )  # fmt: skip
+    tl.store(logits + rest, gradient.to(logits.dtype.element_ty), mask=rest < classes)
 
 
 def _chunks(rows: int, classes: int) -> range:
     return range(0, rows, max(1, LARGEST_CHUNK // max(classes, 1)))
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden (N, D), weight (V, D) -> (N, V), with rows that begin at multiples of ALIGNMENT values."""
+    rows, classes = hidden.shape[0], weight.shape[0]
+    if classes % ALIGNMENT == 0:
+        return F.linear(hidden, weight, bias)
+    padded = hidden.new_empty((rows, triton.cdiv(classes, ALIGNMENT) * ALIGNMENT))
+    logits = padded[:, :classes]
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=logits)
+    return torch.addmm(bias, hidden, weight.t(), out=logits)
 
 
 @torch.library.custom_op("rxt_kernels::linear_cross_entropy_triton", mutates_args=())
@@ -74,10 +107,10 @@ def _losses(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
     chunks = _chunks(rows, classes)
     for first in chunks:
         part = slice(first, min(first + chunks.step, rows))
-        logits = F.linear(hidden[part], weight, bias)
+        logits = _logits(hidden[part], weight, bias)
         launch(
-            _cross_entropy_fwd_kernel, (logits.shape[0],), logits, target[part], losses[part], log_sums[part], classes,
-            ignored, BLOCK=BLOCK, on=hidden,
+            _cross_entropy_fwd_kernel, (logits.shape[0],), logits, target[part], losses[part], log_sums[part],
+            logits.stride(0), classes, ignored, **block_config("linear_cross_entropy_fwd", hidden, classes), on=hidden,
         )  # fmt: skip
     return losses, log_sums
 
@@ -95,10 +128,10 @@ def _losses_backward(
     chunks = _chunks(rows, classes)
     for first in chunks:
         part = slice(first, min(first + chunks.step, rows))
-        logits = F.linear(hidden[part], weight, bias)
+        logits = _logits(hidden[part], weight, bias)
         launch(
-            _cross_entropy_bwd_kernel, (logits.shape[0],), logits, target[part], log_sums[part], factors[part], classes,
-            ignored, BLOCK=BLOCK, on=hidden,
+            _cross_entropy_bwd_kernel, (logits.shape[0],), logits, target[part], log_sums[part], factors[part],
+            logits.stride(0), classes, ignored, **block_config("linear_cross_entropy_bwd", hidden, classes), on=hidden,
         )  # fmt: skip
         hidden_gradient[part] = logits @ weight
         weight_gradient += logits.t() @ hidden[part]

@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rxt_kernels.configs import block_config
 from rxt_kernels.rms_norm.reference import EPSILON
 from rxt_kernels.triton_runtime import launch, row_view, unsupported_tensors
 
 LARGEST_WIDTH = 32768
-BLOCK_ELEMENTS = 4096
 MOST_BACKWARD_PROGRAMS = 256
 
 
@@ -93,10 +93,10 @@ def _rms_norm_bwd_kernel(
     tl.store(weight_partial + program.to(tl.int64) * width + column, weight_sum, mask=column < width)
 
 
-def _blocks(width: int) -> tuple[int, int]:
+def _tile(kernel: str, x: Tensor) -> dict[str, int]:
     """Rows of a program, and the power of two that holds a row."""
-    block = triton.next_power_of_2(width)
-    return max(1, min(32, BLOCK_ELEMENTS // block)), block
+    width = x.shape[-1]
+    return {**block_config(kernel, x, width), "BLOCK": triton.next_power_of_2(width)}
 
 
 def _layout(rows: Tensor) -> tuple[int, int, int, int]:
@@ -109,12 +109,11 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     view = row_view(x)
     count, width = view.shape[0] * view.shape[1], view.shape[2]
     inverse_rms = torch.empty(count, dtype=torch.float32, device=x.device)
-    rows, block = _blocks(width)
+    tile = _tile("rms_norm_fwd", x)
     added = view if residual is None else row_view(residual)
     launch(
-        _rms_norm_fwd_kernel, (triton.cdiv(count, rows),), view, added, weight, out, total, inverse_rms, count, width,
-        *_layout(view), *_layout(added), weight.stride(0), eps, HAS_RESIDUAL=residual is not None, ROWS=rows, BLOCK=block,
-        on=x,
+        _rms_norm_fwd_kernel, (triton.cdiv(count, tile["ROWS"]),), view, added, weight, out, total, inverse_rms, count,
+        width, *_layout(view), *_layout(added), weight.stride(0), eps, HAS_RESIDUAL=residual is not None, **tile, on=x,
     )  # fmt: skip
     return out, total, inverse_rms
 
@@ -125,8 +124,8 @@ def _backward(
     view = row_view(x)
     count, width = view.shape[0] * view.shape[1], view.shape[2]
     x_gradient = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, block = _blocks(width)
-    blocks = triton.cdiv(count, rows)
+    tile = _tile("rms_norm_bwd", x)
+    blocks = triton.cdiv(count, tile["ROWS"])
     blocks_per_program = max(1, triton.cdiv(blocks, MOST_BACKWARD_PROGRAMS))
     programs = triton.cdiv(blocks, blocks_per_program)
     partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
@@ -135,7 +134,7 @@ def _backward(
     launch(
         _rms_norm_bwd_kernel, (programs,), own, direct, view, weight, inverse_rms, x_gradient, partial, count, width,
         *_layout(own), *_layout(direct), *_layout(view), weight.stride(0), blocks_per_program,
-        HAS_TOTAL_GRADIENT=total_gradient is not None, ROWS=rows, BLOCK=block, on=x,
+        HAS_TOTAL_GRADIENT=total_gradient is not None, **tile, on=x,
     )  # fmt: skip
     return x_gradient, partial.sum(0).to(weight.dtype)
 

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rxt_kernels.configs import block_config
 from rxt_kernels.triton_runtime import launch, unsupported_tensors
 
 LARGEST_HEAD = 1024
-BLOCK_ELEMENTS = 4096
 
 
 @triton.jit
@@ -68,16 +68,16 @@ def column_of(BLOCK: tl.constexpr, half, SPLIT: tl.constexpr):
 
 @triton.jit
 def _rotary_kernel(
-    x, angles, out, rows, time, heads, half,
+    x, angles, out, rows, time, heads,
     x_batch_stride, x_time_stride, x_head_stride, x_stride,
     angles_batch_stride, angles_time_stride, angles_stride,
-    SPLIT: tl.constexpr, INVERSE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HALF: tl.constexpr, SPLIT: tl.constexpr, INVERSE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     token = row // heads
     batch, position, head = token // time, token % time, row % heads
-    from_column, from_inside = column_of(BLOCK, half, SPLIT and INVERSE)
-    to_column, to_inside = column_of(BLOCK, half, SPLIT and not INVERSE)
+    from_column, from_inside = column_of(BLOCK, HALF, SPLIT and INVERSE)
+    to_column, to_inside = column_of(BLOCK, HALF, SPLIT and not INVERSE)
     exists = row < rows
     place = batch * x_batch_stride + position * x_time_stride + head * x_head_stride
     value = tl.load(
@@ -89,14 +89,14 @@ def _rotary_kernel(
         angles_time_stride,
         angles_stride,
         exists,
-        half,
+        HALF,
         BLOCK // 2,
     )
     if INVERSE:
         value = unrotate(value, cosine, sine, SPLIT)
     else:
         value = rotate(value, cosine, sine, SPLIT)
-    target = out + row[:, None] * (2 * half) + to_column[None, :]
+    target = out + row[:, None] * (2 * HALF) + to_column[None, :]
     tl.store(target, value.to(out.dtype.element_ty), mask=exists[:, None] & to_inside[None, :])
 
 
@@ -105,13 +105,13 @@ def _rotary(x: Tensor, angles: Tensor, split: bool, inverse: bool) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _, time, heads, head_dim = x.shape
     rows = x.numel() // head_dim if head_dim else 0
-    block = triton.next_power_of_2(max(head_dim, 2))
-    per_program = max(1, BLOCK_ELEMENTS // block)
+    tile = {**block_config("rotary", x, head_dim), "BLOCK": triton.next_power_of_2(max(head_dim, 2))}
     batch_stride = angles.stride(0) if angles.dim() == 3 else 0
+    # Half a head is a constant of the kernel: its masks are then seen to leave whole vectors.
     launch(
-        _rotary_kernel, (triton.cdiv(rows, per_program),), x, angles, out, rows, time, heads, head_dim // 2,
+        _rotary_kernel, (triton.cdiv(rows, tile["ROWS"]),), x, angles, out, rows, time, heads,
         *x.stride(), batch_stride, angles.stride(-2), angles.stride(-1),
-        SPLIT=split, INVERSE=inverse, ROWS=per_program, BLOCK=block, on=x,
+        HALF=head_dim // 2, SPLIT=split, INVERSE=inverse, **tile, on=x,
     )  # fmt: skip
     return out
 

@@ -12,10 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rxt_kernels.configs import block_config
 from rxt_kernels.triton_runtime import launch, row_view, unsupported_tensors
-
-LARGEST_BLOCK = 1024
-BLOCK_ELEMENTS = 4096
 
 
 @triton.jit
@@ -55,10 +53,11 @@ def _swiglu_bwd_kernel(
     tl.store(target + width, gate_gradient.to(x_gradient.dtype.element_ty), mask=inside)
 
 
-def _tiles(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
-    block = min(LARGEST_BLOCK, triton.next_power_of_2(max(width, 1)))
-    per_program = max(1, min(32, BLOCK_ELEMENTS // block))
-    return (triton.cdiv(rows, per_program), triton.cdiv(width, block)), {"ROWS": per_program, "BLOCK": block}
+def _tiles(kernel: str, x: Tensor, rows: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Programs, and what each of them takes."""
+    width = x.shape[-1] // 2
+    tile = block_config(kernel, x, width)
+    return (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(width, tile["BLOCK"])), tile
 
 
 def _layout(rows: Tensor) -> tuple[int, int, int, int]:
@@ -70,7 +69,7 @@ def _swiglu(x: Tensor) -> Tensor:
     view, width = row_view(x), x.shape[-1] // 2
     out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
     rows = view.shape[0] * view.shape[1]
-    grid, tile = _tiles(rows, width)
+    grid, tile = _tiles("swiglu_fwd", x, rows)
     launch(_swiglu_fwd_kernel, grid, view, out, rows, width, *_layout(view), **tile, on=x)
     return out
 
@@ -80,7 +79,7 @@ def _swiglu_backward(gradient: Tensor, x: Tensor) -> Tensor:
     own, view, width = row_view(gradient), row_view(x), x.shape[-1] // 2
     x_gradient = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = view.shape[0] * view.shape[1]
-    grid, tile = _tiles(rows, width)
+    grid, tile = _tiles("swiglu_bwd", x, rows)
     launch(_swiglu_bwd_kernel, grid, own, view, x_gradient, rows, width, *_layout(own), *_layout(view), **tile, on=x)
     return x_gradient
 
