@@ -1,29 +1,57 @@
-"""Compile one recorded launch for one target, and read off the result what it costs."""
+"""Compile a recorded launch for one target, and read off the compiled code what a program of it costs."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from rxt_kernels.aot.targets import Target
+from rxt_kernels.aot.assembly import Code, Instruction, innermost_loops, read_amd, read_nvidia
+from rxt_kernels.aot.intermediate import loads, matrix_products, needs_wide_loads, touched
+from rxt_kernels.aot.targets import TARGETS, Target
 from rxt_kernels.triton_runtime import Launch
 
-__all__ = ["Compiled", "compile_launch", "signature"]
+__all__ = ["Compiled", "Job", "compile_job", "compiler_cache", "job_of"]
 
-_POINTERS = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32",
-    torch.uint8: "*u8", torch.bool: "*i1",
-}  # fmt: skip
-_LARGEST_INT32 = 2**31 - 1
+WIDE = 128
+SCALAR = 32
+"""Bits that a thread moves at once: what it should, and what is one value at a time."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel with everything that decides what its compiled code is; two launches with equal jobs share their code.
+
+    Attributes:
+        module: that defines it.
+        kernel: its name there.
+        target: the architecture.
+        types: of its arguments, by name.
+        constants: place in the argument list, and value.
+        attributes: place in the argument list, and what is known of the value, such as that 16 divides it.
+        options: ``num_warps``, ``num_stages`` and other options of the compiler.
+    """
+
+    module: str
+    kernel: str
+    target: str
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[tuple[int, ...], Any], ...]
+    attributes: tuple[tuple[tuple[int, ...], Any], ...]
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def key(self) -> str:
+        """The same as text."""
+        return json.dumps(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -33,119 +61,188 @@ class Compiled:
     Attributes:
         kernel: its name.
         target: the architecture.
-        constants: compile-time constants.
-        registers: per thread.
-        spilled: bytes of a thread's registers that went to memory.
-        shared: bytes of shared memory of a program.
+        tile: block sizes and how heads are shared: compile-time numbers that are written in capitals.
+        switches: what is compiled in: compile-time truth values.
         warps: of a program.
-        occupancy: share of a multiprocessor's warps, by registers and shared memory.
-        matrix_instructions: in the whole code.
-        wide_accesses: share of global loads and stores that move 128 bits.
-        accesses: global loads and stores in the code.
-        programs: in the grid.
-        traffic: bytes of all tensors that it is given, each touched once: what it must move at least.
-        bound: seconds that the traffic takes at the target's full bandwidth.
+        stages: of software pipelines.
+        registers: per thread.
+        spilled: bytes of registers per thread that went to memory.
+        spilled_scalars: values of a whole wavefront that went to lanes of vector registers (AMD); no memory is touched.
+        stack: bytes per thread; the math library's sines have an array there, which is no spill.
+        shared: bytes of shared memory of a program.
+        occupancy: share of a multiprocessor's warps that programs fill, by registers and shared memory.
+        loops: innermost loops that touch global memory or multiply matrices.
+        matrix_in_loops: matrix instructions in them.
+        matrix_instructions: in the whole code, by name without sizes.
+        wide_share: share of the bytes that move in accesses of 128 bits or more, in these loops or, without loops, in all.
+        scalar_loads: places in these loops where tiles are loaded in pieces of at most 32 bits.
+        read: arguments that it reads.
+        written: arguments that it writes.
+        failure: why it could not be compiled; None if it was.
         problems: what is wrong with it, in sentences.
     """
 
     kernel: str
     target: str
-    constants: Mapping[str, Any]
-    registers: int
-    spilled: int
-    shared: int
-    warps: int
-    occupancy: float
-    matrix_instructions: int
-    wide_accesses: float
-    accesses: int
-    programs: int
-    traffic: int
-    bound: float
-    problems: tuple[str, ...]
+    tile: Mapping[str, int]
+    switches: Mapping[str, bool]
+    warps: int = 0
+    stages: int = 0
+    registers: int = 0
+    spilled: int = 0
+    spilled_scalars: int = 0
+    stack: int = 0
+    shared: int = 0
+    occupancy: float = 0.0
+    loops: int = 0
+    matrix_in_loops: int = 0
+    matrix_instructions: Mapping[str, int] | None = None
+    wide_share: float = 0.0
+    scalar_loads: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
+    failure: str | None = None
+    problems: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
-    """Types, constants and known divisibilities of a launch, by the rules by which Triton specialises a call."""
-    types: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    divisible: dict[tuple[int, ...], list[list[Any]]] = {}
-    names = launch.kernel.arg_names
-    for index, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
-        if isinstance(value, Tensor):
-            types[name] = _POINTERS[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                divisible[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            types[name] = "fp32"
-        elif value == 1:
-            types[name], constants[name] = "constexpr", 1
-        else:
-            types[name] = "i32" if -_LARGEST_INT32 - 1 <= value <= _LARGEST_INT32 else "i64"
-            if value % 16 == 0:
-                divisible[(index,)] = [["tt.divisibility", 16]]
-    for name, value in launch.options.items():
-        if name in names:
-            types[name], constants[name] = "constexpr", value
-    return types, constants, divisible
+@contextmanager
+def compiler_cache(directory: str | Path) -> Iterator[None]:
+    """Triton keeps what it compiles in this directory inside the block, and nowhere else."""
+    from triton import knobs
+
+    before = knobs.cache.dir
+    knobs.cache.dir = str(directory)
+    try:
+        yield
+    finally:
+        knobs.cache.dir = before
 
 
-def compile_launch(launch: Launch, target: Target) -> Compiled:
-    """Compile what was recorded. Takes about a second; needs Triton, and no GPU.
+def job_of(launch: Launch, target: Target) -> Job:
+    """What Triton would compile for this launch: types, constants and divisibilities are found by its own binder."""
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
 
-    Raises:
-        RuntimeError: the tools that read compiled code are missing.
-    """
+    kernel = launch.kernel
+    backend = make_backend(target.compiler_target())
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = bind(*launch.arguments, **launch.options, debug=False)
+    _, types, constants, attributes = kernel._pack_args(
+        backend, {**launch.options, "debug": False}, bound, specialization, None
+    )
+    options = {name: value for name, value in launch.options.items() if name not in kernel.arg_names}
+    return Job(
+        kernel.fn.__module__,
+        kernel.fn.__name__,
+        target.name,
+        tuple(types.items()),
+        tuple(constants.items()),
+        tuple((place, known) for place, known in attributes.items() if known),
+        tuple(sorted(options.items())),
+    )
+
+
+def compile_job(job: Job) -> Compiled:
+    """Compile and read; takes about two seconds, and needs Triton but no GPU."""
     import triton
     from triton.compiler import ASTSource
 
-    types, constants, divisible = signature(launch)
-    options = {name: value for name, value in launch.options.items() if name not in launch.kernel.arg_names}
-    source = ASTSource(launch.kernel, types, constants, divisible)
-    compiled = triton.compile(source, target=target.compiler_target(), options=options)
-    shared, warps = int(compiled.metadata.shared), int(compiled.metadata.num_warps)
-    read = _read_nvidia if target.backend == "cuda" else _read_amd
-    registers, spilled, assembly, narrow, wide = read(compiled.asm)
-    matrix = len(re.findall(target.matrix_instruction, assembly))
-    tensors = {t.data_ptr(): t for t in launch.arguments if isinstance(t, Tensor)}
-    traffic = sum(t.numel() * t.element_size() for t in tensors.values())
-    programs = 1
-    for size in launch.grid:
-        programs *= size
-    problems = []
-    if spilled:
-        problems.append(f"it spills {spilled} bytes per thread.")
-    if shared > target.most_shared_memory:
-        problems.append(
-            f"it wants {shared} bytes of shared memory, and a program can have {target.most_shared_memory}."
+    kernel = getattr(importlib.import_module(job.module), job.kernel)
+    target = TARGETS[job.target]
+    named = {kernel.arg_names[place[0]]: value for place, value in job.constants}
+    named = {name: value for name, value in named.items() if name.isupper()}
+    switches = {name: value for name, value in named.items() if type(value) is bool}
+    tile = {name: value for name, value in named.items() if type(value) is int}
+    source = ASTSource(kernel, dict(job.types), dict(job.constants), dict(job.attributes))
+    try:
+        compiled = triton.compile(source, target=target.compiler_target(), options=dict(job.options))
+    # Whatever the compiler stumbles over belongs into the report, under the name of the kernel.
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return Compiled(
+            job.kernel, job.target, tile, switches, failure=lines[-1], problems=(f"it does not compile: {lines[-1]}.",)
         )
-    if "tt.dot" in compiled.asm["ttir"] and not matrix and _multiplies_halves(compiled.asm["ttir"]):
-        problems.append("it has a dot of half-precision tiles and no matrix instruction.")
+    return _read(job, tile, switches, target, compiled)
+
+
+class _Resources(NamedTuple):
+    registers: int
+    spilled: int
+    spilled_scalars: int
+    stack: int
+    code: Code
+
+
+def _read(job: Job, tile: Mapping[str, int], switches: Mapping[str, bool], target: Target, compiled: Any) -> Compiled:
+    resources = (_nvidia if target.backend == "cuda" else _amd)(compiled.asm)
+    shared, warps = int(compiled.metadata.shared), int(compiled.metadata.num_warps)
+    code, intermediate = resources.code, str(compiled.asm["ttir"])
+    is_matrix = re.compile(target.matrix_instruction).fullmatch
+    names = Counter(base for step in code.instructions if is_matrix(base := step.name.split(".")[0]))
+
+    def matters(step: Instruction) -> bool:
+        return step.access is not None or is_matrix(step.name.split(".")[0]) is not None
+
+    hot = innermost_loops(code, matters)
+    matrix_in_loops = sum(is_matrix(step.name.split(".")[0]) is not None for loop in hot for step in loop)
+    scalar = _scalar_loads(hot, intermediate)
+    arguments = touched(intermediate)
+    problems = []
+    if resources.spilled:
+        problems.append(f"it spills {resources.spilled} bytes per thread.")
+    if shared > target.most_shared_memory:
+        problems.append(f"it wants {shared} bytes of shared memory; a program can have {target.most_shared_memory}.")
+    products = [product for product in matrix_products(intermediate) if product.is_for_matrix_units]
+    if products and not names:
+        problems.append("it multiplies tiles without any matrix instruction.")
+    elif any(product.is_in_loop for product in products) and hot and not matrix_in_loops:
+        problems.append("it multiplies tiles in a loop, and has no matrix instruction in an innermost loop.")
+    problems += [f"it loads a tile in pieces of at most {SCALAR} bits in a loop: {place}." for place in scalar]
     return Compiled(
-        kernel=launch.kernel.fn.__name__,
-        target=target.name,
-        constants={name: value for name, value in constants.items() if name.isupper()},
-        registers=registers,
-        spilled=spilled,
-        shared=shared,
+        kernel=job.kernel,
+        target=job.target,
+        tile=tile,
+        switches=switches,
         warps=warps,
-        occupancy=target.occupancy(registers, shared, warps),
-        matrix_instructions=matrix,
-        wide_accesses=wide / (wide + narrow) if wide + narrow else 0.0,
-        accesses=wide + narrow,
-        programs=programs,
-        traffic=traffic,
-        bound=traffic / target.bandwidth,
+        stages=int(compiled.metadata.num_stages),
+        registers=resources.registers,
+        spilled=resources.spilled,
+        spilled_scalars=resources.spilled_scalars,
+        stack=resources.stack,
+        shared=shared,
+        occupancy=target.occupancy(resources.registers, shared, warps),
+        loops=len(hot),
+        matrix_in_loops=matrix_in_loops,
+        matrix_instructions=dict(sorted(names.items())),
+        wide_share=_wide_share([step for loop in hot for step in loop] or code.instructions),
+        scalar_loads=tuple(scalar),
+        read=arguments.read,
+        written=arguments.written,
         problems=tuple(problems),
     )
 
 
-def _multiplies_halves(intermediate: str) -> bool:
-    return any("bf16" in line or "f16" in line for line in intermediate.splitlines() if "tt.dot" in line)
+def _scalar_loads(loops: Sequence[Sequence[Instruction]], intermediate: str) -> list[str]:
+    """Where tiles are loaded value by value; a load that comes from nowhere in the source counts as one of a tile."""
+    known = loads(intermediate)
+    needing = needs_wide_loads(known)
+    exempt = {load.place for load in known} - needing
+    places = {
+        step.place
+        for loop in loops
+        for step in loop
+        if step.access is not None and step.access.is_load and step.access.bits <= SCALAR and step.place not in exempt
+    }
+    return sorted("/".join([*Path(place[0]).parts[-2:], str(place[1])]) if place else "unknown" for place in places)
+
+
+def _wide_share(steps: Sequence[Instruction]) -> float:
+    bits = [step.access.bits for step in steps if step.access is not None]
+    return round(sum(width for width in bits if width >= WIDE) / sum(bits), 3) if bits else 0.0
 
 
 def _tool(name: str) -> Path:
@@ -157,38 +254,56 @@ def _tool(name: str) -> Path:
     return path
 
 
-def _read_nvidia(asm: Mapping[str, Any]) -> tuple[int, int, str, int, int]:
-    """Registers, spilled bytes, assembly, narrow and 128-bit global accesses of a cubin."""
+def _output(*command: str | Path) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip()}")
+    return done.stdout + done.stderr
+
+
+def _nvidia(asm: Mapping[str, Any]) -> _Resources:
     with tempfile.TemporaryDirectory() as directory:
         cubin = Path(directory) / "kernel.cubin"
         cubin.write_bytes(asm["cubin"])
-        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", cubin], capture_output=True, text=True, check=True)
-        assembly = subprocess.run([_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", _output(_tool("cuobjdump"), "-res-usage", cubin))
+        if usage is None:
+            raise RuntimeError("cuobjdump said nothing about registers; its output has a form that is not known here.")
+        code = read_nvidia(_output(_tool("nvdisasm"), "-c", "-g", cubin))
+        # Local memory holds spilled registers, and an array of the math library's sines. The assembler knows which.
+        spilled = 0
+        if any(step.name.split(".")[0] in ("STL", "LDL") for step in code.instructions):
+            spilled = _spilled_by_assembler(str(asm["ptx"]), Path(directory))
+    return _Resources(int(usage[1]), spilled, 0, int(usage[2]), code)
+
+
+def _spilled_by_assembler(assembly: str, directory: Path) -> int:
+    """What ptxas, asked as Triton asks it, says that it spills: bytes stored per thread."""
+    source = directory / "kernel.ptx"
+    source.write_text(assembly, encoding="utf-8")
+    architecture = re.search(r"^\.target (sm_\w+)", assembly, re.MULTILINE)
+    assert architecture is not None
+    is_newer = int(re.sub(r"\D", "", architecture[1])) >= 100
+    said = _output(
+        _tool("ptxas-blackwell" if is_newer else "ptxas"), "-v", "-lineinfo", "--regAllocOptLevel=2",
+        f"--gpu-name={architecture[1]}", source, "-o", directory / "again.cubin",
+    )  # fmt: skip
+    found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     if found is None:
-        raise RuntimeError(
-            "cuobjdump said nothing about registers; its output has another form than this version knows."
-        )
-    accesses = re.findall(r"\b(?:LDG|STG|LDGSTS|UBLKCP|UTMALDG)(\.[A-Z0-9.]*)?", assembly)
-    wide = sum(".128" in access for access in accesses)
-    return int(found[1]), int(found[2]), assembly, len(accesses) - wide, wide
+        raise RuntimeError("ptxas said nothing about spills; its output has a form that is not known here.")
+    return max(int(found[1]), int(found[2]))
 
 
-def _read_amd(asm: Mapping[str, Any]) -> tuple[int, int, str, int, int]:
-    """The same of the assembly of an AMD kernel; its accumulation registers count as registers."""
+def _amd(asm: Mapping[str, Any]) -> _Resources:
     assembly = str(asm["amdgcn"])
 
     def value(name: str) -> int:
         found = re.search(rf"\.{name}:\s*(\d+)", assembly)
-        return int(found[1]) if found else 0
+        if found is None:
+            raise RuntimeError(f"the assembly has no {name}; it has a form that is not known here.")
+        return int(found[1])
 
-    registers = max(value("vgpr_count"), value("vgpr_count") + value("agpr_count"))
-    accesses = re.findall(r"\b(?:global|buffer)_(?:load|store)_(\w+)", assembly)
-    wide = sum("dwordx4" in access or "b128" in access for access in accesses)
-    return registers, 4 * value("vgpr_spill_count"), assembly, len(accesses) - wide, wide
-
-
-def as_json(results: list[dict[str, Any]]) -> str:
-    """One result per line, sorted keys, so that a change of one kernel is a change of its line."""
-    lines = ",\n".join("  " + json.dumps(result, sort_keys=True) for result in results)
-    return f"[\n{lines}\n]\n"
+    # The count of vector registers includes the accumulation registers.
+    return _Resources(
+        value("vgpr_count"), 4 * value("vgpr_spill_count"), value("sgpr_spill_count"),
+        value("private_segment_fixed_size"), read_amd(assembly),
+    )  # fmt: skip

@@ -1,0 +1,202 @@
+"""The report: cases are recorded, their kernels compiled, each once, and both are put together."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+from rxt_kernels.aot.cases import Case
+from rxt_kernels.aot.compiler import Compiled, Job, compile_job, compiler_cache, job_of
+from rxt_kernels.aot.targets import TARGETS, Target
+from rxt_kernels.aot.work import Work, bound_of, tensor_bytes, work_of
+from rxt_kernels.configs import for_architecture
+from rxt_kernels.triton_runtime import Launch, record_launches
+
+__all__ = ["Recorded", "as_json", "as_table", "build", "problems", "record"]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A launch of a case as it would be made on a target: all that is needed of it, and none of its tensors."""
+
+    case: Case
+    job: Job
+    programs: int
+    work: Work
+    tensor_bytes: dict[str, int]
+
+
+class _SkipsProducts(TorchDispatchMode):
+    """Matrix products of the vendor's library, between the kernels, are not computed: nobody reads the result."""
+
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
+                torch.ops.aten.baddbmm.default)  # fmt: skip
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in self.products:
+            return func(*args, **(kwargs or {}))
+        like = next(argument for argument in args if isinstance(argument, torch.Tensor))
+        shape = func(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args), **(kwargs or {}))
+        return torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype, device=like.device)
+
+
+def launches_of(case: Case) -> list[Launch]:
+    """The launches of a case, recorded instead of made."""
+    with record_launches() as launches, _SkipsProducts():
+        case.call()
+    return launches
+
+
+def record(case: Case, target: Target) -> list[Recorded]:
+    """What a case would launch on a target, with the target's block sizes."""
+    with for_architecture(target.name):
+        launches = launches_of(case)
+    recorded = []
+    for launch in launches:
+        name = launch.kernel.fn.__name__
+        values = {**dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)), **launch.options}
+        programs = 1
+        for size in launch.grid:
+            programs *= size
+        recorded.append(
+            Recorded(case, job_of(launch, target), programs, work_of(name, values), tensor_bytes(name, values))
+        )  # fmt: skip
+    return recorded
+
+
+def _compile_in(directory: str, job: Job) -> Compiled:
+    with compiler_cache(directory):
+        return compile_job(job)
+
+
+def _compiled(jobs: Sequence[Job], directory: str, processes: int) -> Iterator[Compiled]:
+    if processes == 1 or len(jobs) < 2:
+        yield from (_compile_in(directory, job) for job in jobs)
+        return
+    # A fork of a process that has run torch's threads may hang; a fresh one imports what it needs.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        yield from pool.map(_compile_in, [directory] * len(jobs), jobs, chunksize=1)
+
+
+def build(
+    cases: Sequence[Case], targets: Sequence[Target], directory: str | Path, processes: int = 1
+) -> dict[str, list[dict[str, Any]]]:
+    """Compile every kernel of these cases for these targets.
+
+    Args:
+        cases: what is called.
+        targets: what for.
+        directory: where Triton keeps what it compiles.
+        processes: that compile at once.
+
+    Returns:
+        ``kernels``, a row for every piece of compiled code, and ``launches``, a row for every launch of every case and
+        target with the number of its kernel.
+    """
+    is_quiet = not sys.stderr.isatty()
+    recorded: dict[str, list[Recorded]] = {}
+    for case in tqdm(cases, desc="record", unit="case", disable=is_quiet):
+        for target in targets:
+            recorded.setdefault(target.name, []).extend(record(case, target))
+    jobs = {one.job.key: one.job for group in recorded.values() for one in group}
+    compiled = _compiled(list(jobs.values()), str(directory), processes)
+    kernels = dict(
+        zip(jobs, tqdm(compiled, desc="compile", unit="kernel", total=len(jobs), disable=is_quiet), strict=True)
+    )
+    numbers = {key: number for number, key in enumerate(jobs)}
+    launches = []
+    seen = set()
+    for group in recorded.values():
+        for one in group:
+            row = _launch_row(one, numbers[one.job.key], kernels[one.job.key])
+            if (text := json.dumps(row, sort_keys=True)) not in seen:
+                seen.add(text)
+                launches.append(row)
+    return {
+        "kernels": [{"number": numbers[key], **kernel.to_dict()} for key, kernel in kernels.items()],
+        "launches": launches,
+    }
+
+
+def _launch_row(one: Recorded, number: int, kernel: Compiled) -> dict[str, Any]:
+    moved = sum(one.tensor_bytes[name] for name in (*kernel.read, *kernel.written))
+    bound = bound_of(one.work, moved, TARGETS[one.job.target])
+    return {
+        "case": one.case.name,
+        "kernel": number,
+        "target": one.job.target,
+        "programs": one.programs,
+        "bytes": moved,
+        "flops": one.work.products + one.work.others,
+        "specials": one.work.specials,
+        "bound_microseconds": float(f"{1e6 * bound.seconds:.3g}"),
+        "limit": bound.limit,
+        "special_microseconds": float(f"{1e6 * bound.special_seconds:.3g}"),
+    }
+
+
+def problems(report: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """What is wrong, in sentences that name the kernel, its target, its block sizes and a case."""
+    case_of: dict[int, str] = {}
+    for launch in report["launches"]:
+        case_of.setdefault(launch["kernel"], launch["case"])
+    return [
+        f"{kernel['kernel'].strip('_')} on {kernel['target']} ({case_of[kernel['number']]}; "
+        f"{', '.join(f'{name} {value}' for name, value in kernel['tile'].items())}): {problem}"
+        for kernel in report["kernels"]
+        for problem in kernel["problems"]
+    ]
+
+
+def as_table(report: dict[str, list[dict[str, Any]]]) -> str:
+    """The launches for a person."""
+    columns: list[tuple[str, int, Callable[[dict[str, Any], dict[str, Any]], str]]] = [
+        ("case", 58, lambda launch, kernel: launch["case"]),
+        ("kernel", 31, lambda launch, kernel: kernel["kernel"].strip("_").removesuffix("_kernel")),
+        ("target", 7, lambda launch, kernel: kernel["target"]),
+        ("regs", 5, lambda launch, kernel: str(kernel["registers"])),
+        ("spill", 6, lambda launch, kernel: str(kernel["spilled"])),
+        ("shared", 7, lambda launch, kernel: str(kernel["shared"])),
+        ("occup.", 7, lambda launch, kernel: f"{kernel['occupancy']:.0%}"),
+        ("matrix", 7, lambda launch, kernel: str(kernel["matrix_in_loops"])),
+        ("128-bit", 8, lambda launch, kernel: f"{kernel['wide_share']:.0%}"),
+        ("bytes", 12, lambda launch, kernel: f"{launch['bytes']:,}"),
+        ("flops", 15, lambda launch, kernel: f"{launch['flops']:,}"),
+        ("bound us", 9, lambda launch, kernel: f"{launch['bound_microseconds']:.3g}"),
+        ("limit", 8, lambda launch, kernel: launch["limit"]),
+        ("special us", 10, lambda launch, kernel: f"{launch['special_microseconds']:.3g}"),
+    ]
+    texts = 3
+    lines = [
+        " ".join(f"{name:<{width}}" if i < texts else f"{name:>{width}}" for i, (name, width, _) in enumerate(columns))
+    ]
+    for launch in report["launches"]:
+        kernel = report["kernels"][launch["kernel"]]
+        cells = [(read(launch, kernel), width) for _, width, read in columns]
+        lines.append(
+            " ".join(f"{cell:<{width}}" if i < texts else f"{cell:>{width}}" for i, (cell, width) in enumerate(cells))
+        )
+    return "\n".join(lines)
+
+
+def as_json(report: dict[str, Any]) -> str:
+    """One row per line, so that a change of one kernel is a change of its lines."""
+    parts = []
+    for name, value in report.items():
+        if isinstance(value, list):
+            rows = ",\n".join("    " + json.dumps(row) for row in value)
+            parts.append(f"  {json.dumps(name)}: [\n{rows}\n  ]")
+        else:
+            parts.append(f"  {json.dumps(name)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
