@@ -54,7 +54,7 @@ def measure(model_path: Path, history_path: Path | None, conversations: int, dis
             file=sys.stderr, flush=True,
         )  # fmt: skip
 
-    model = RxTAlpha.from_pretrained(model_path)
+    model = RxTAlpha.from_pretrained(model_path, dtype=torch.float32)
     report = measure_recall(model, distances=distances, conversations=conversations, progress=show)
     report.environment["model_parameters"] = sum(p.numel() for p in model.parameters())
     few = [d for d in distances if d in (1, 2, 4, 8, 12, 16)] or list(distances)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 from rxt_model.models import RxTAlpha
 
 __all__ = ["demo_model_directory", "load_demo_model"]
@@ -34,6 +36,8 @@ def demo_model_directory() -> Path:
 def load_demo_model() -> RxTAlpha:
     """The shipped model with its tokenizer, in evaluation mode, its memory freshly drawn.
 
+    Its weights are stored in float16 and computed with in float32.
+
     Raises:
         FileNotFoundError: this installation has no demo model.
         CheckpointError: its files are damaged.
@@ -42,4 +46,4 @@ def load_demo_model() -> RxTAlpha:
         >>> model = load_demo_model()  # doctest: +SKIP
         >>> query = model.tokenize_query("my name is Anna")  # doctest: +SKIP
     """
-    return RxTAlpha.from_pretrained(demo_model_directory())
+    return RxTAlpha.from_pretrained(demo_model_directory(), dtype=torch.float32)

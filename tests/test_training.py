@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rxt_model.demo_model import load_demo_model
 from rxt_model.models import RxTAlpha
 from rxt_model.tokenizer import Tokenizer, train_tokenizer
 from rxt_model.training import memory_aware
@@ -414,18 +415,21 @@ def test_the_whole_recipe_makes_a_model_that_loads(tmp_path: Path) -> None:
 
     def kill(step: int, result: memory_aware.StepResult) -> None:
         seen.append(step)
-        if len(seen) == 5:  # in the second phase
+        if len(seen) == 6:  # in the second phase, after its first saved state
             raise _KilledError
 
     arguments = {"steps": 6, "shape": replace(TINY, vocab_size=600), "phases": phases}
     with pytest.raises(_KilledError):
         train_demo(tmp_path / "demo", on_step=kill, **arguments)  # type: ignore[arg-type]
-    assert seen == [1, 2, 3, 4, 5]
-    assert len(training_states(tmp_path / "demo")) == 2
-    directory = train_demo(tmp_path / "demo", on_step=lambda step, _: seen.append(step), **arguments)  # type: ignore[arg-type]
     assert seen == [1, 2, 3, 4, 5, 6]
+    assert len(training_states(tmp_path / "demo")) == 2
+    seen.clear()
+    directory = train_demo(tmp_path / "demo", on_step=lambda step, _: seen.append(step), **arguments)  # type: ignore[arg-type]
+    assert seen == [6]
     assert sorted(path.name for path in directory.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
-    loaded = RxTAlpha.from_pretrained(directory)
+    with pytest.raises(ValueError, match=r"dtype=torch\.float32"):
+        train_demo(tmp_path / "half", steps=2, phases=phases, start=RxTAlpha.from_pretrained(directory))
+    loaded = RxTAlpha.from_pretrained(directory, dtype=torch.float32)
     assert loaded.tokenizer is not None
     assert loaded.decoder.config.embed_dim == TINY.embed_dim
     assert loaded.stm.size == 12
@@ -532,7 +536,7 @@ def test_recall_refuses_arguments_by_name(model: RxTAlpha, arguments: dict[str, 
 def test_the_shipped_model_remembers_what_unseen_wording_told_it() -> None:
     pytest.importorskip("chitchat_dataset")
     assert (DEMO / "model.safetensors").stat().st_size <= 8_000_000
-    model = RxTAlpha.from_pretrained(DEMO)
+    model = load_demo_model()
     memory = measure_recall(model, distances=(1, 8), conversations=40, seed=5).curve()
     # Measured on 150 conversations: see benchmarks/results/recall.json. The margins are four standard errors of 40.
     assert memory[1] >= 0.6

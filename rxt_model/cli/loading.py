@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rxt_model.cli.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from rxt_model.checkpoint.protocol import Component
     from rxt_model.models import ReactiveTransformer
 
@@ -103,6 +105,20 @@ def _component_by_names(names: list[str], config: Mapping[str, Any]) -> Componen
     return "encoder" if "model.embedding.weight" in names else None
 
 
+def _dtype(directory: Path, device: torch.device) -> torch.dtype | None:
+    """The type to compute in where it is not the file's: processors multiply float16 slowly and round every sum to it."""
+    import torch
+
+    from rxt_model.checkpoint.loading import find_weights
+    from rxt_model.checkpoint.reader import SafetensorsFile
+
+    if device.type != "cpu":
+        return None
+    with SafetensorsFile(find_weights(directory)) as weights:
+        is_half = any(entry.dtype is torch.float16 for entry in weights.entries.values())
+    return torch.float32 if is_half else None
+
+
 def load_full_model(
     name: str, *, device: str | None = None, rope_layout: str = "auto", local_files_only: bool = False
 ) -> ReactiveTransformer:
@@ -138,7 +154,12 @@ def load_full_model(
             f"{name} is {COMPONENT_NAMES[component]}, a part of a system; a conversation needs a full RxT-Alpha or RxT-Beta."
         )
     kind = RxTBeta if component == "rxt_beta" else RxTAlpha
-    model: ReactiveTransformer = kind.from_pretrained(directory, device=target, rope_layout=rope_layout)  # type: ignore[arg-type]
+    model: ReactiveTransformer = kind.from_pretrained(
+        directory,
+        device=target,
+        rope_layout=rope_layout,  # type: ignore[arg-type]  # checked by from_pretrained
+        dtype=_dtype(directory, target),
+    )
     if model.tokenizer is None:
         raise UserError(f"{name} has no tokenizer.json beside its weights, so it cannot be talked to; put one there.")
     return model

@@ -78,11 +78,25 @@ class Phase:
         settings: curriculum and rates.
         slots: memory slots that the model has in it.
         closing: how far memory gates are closed before it, see :func:`close_gates`.
+        until: share of its steps after which the next phase takes over.
+
+    Raises:
+        ValueError: ``until`` is not above 0 and at most 1.
     """
 
     settings: TrainingSettings
     slots: int
     closing: float = 0.0
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.until <= 1.0:
+            raise ValueError(f"until must be above 0 and at most 1; it was {self.until}.")
+
+    @property
+    def steps(self) -> int:
+        """Steps that are made."""
+        return max(1, round(self.settings.steps * self.until))
 
 
 DEMO_PHASES = (
@@ -102,11 +116,12 @@ DEMO_PHASES = (
             ),
         ),
         slots=48,
+        until=0.64,
     ),
     Phase(
         TrainingSettings(
             steps=2200,
-            learning_rate=2.5e-4,
+            learning_rate=3e-4,
             final_learning_rate=0.03,
             warmup_steps=50,
             gate_rate=3.0,
@@ -126,7 +141,8 @@ DEMO_PHASES = (
     ),
 )  # fmt: skip
 """First what memory is for, in short and then in long conversations. Then long conversations alone, with twice the memory
-and gates that write less: after the first phase, every message that tells something rewrites a third of the first layer.
+and gates that write less: in the first phase, every message that tells something rewrites a third of the first layer, and
+more of it does not change that.
 
 Long episodes want small steps: at the full rate, training on eighteen turns became unstable, and a trained model that
 went on at 1e-3 forgot within a hundred steps what it could do."""
@@ -347,8 +363,8 @@ def stateless_model(tokenizer: Tokenizer, shape: DemoShape = DEMO_SHAPE, *, seed
 
 
 def _phase_steps(phases: Sequence[Phase], steps: int | None) -> list[int]:
-    """Steps of every phase; ``steps`` in all are shared out as the recipe's are, each phase having at least one."""
-    own = [phase.settings.steps for phase in phases]
+    """Steps made in every phase; ``steps`` in all are shared out as the recipe's are, each phase having at least one."""
+    own = [phase.steps for phase in phases]
     if steps is None:
         return own
     if steps < len(phases):
@@ -392,14 +408,16 @@ def train_demo(
         steps: optimizer steps of all phases together; None takes the recipe's. The curriculum stretches with them.
         seed: fixes data, initial weights and memories: on one machine, the same seed gives the same model.
         resume: continue from the state in ``output_directory`` if there is one.
-        start: a demo model that has been trained before: all phases but the last are left out, and the last begins with it.
+        start: a float32 demo model that has been trained before: all phases but the last are left out, and the last begins
+            with it.
         shape: sizes of the model.
         phases: the recipe; ``steps`` and ``seed`` replace those in it.
         workers: processes that share the work, see :func:`rxt_model.training.loop.train`.
         on_step: called after each step with its number, counted through all phases, and its result.
 
     Returns:
-        The directory, to be given to ``RxTAlpha.from_pretrained`` and ``Tokenizer.from_pretrained``.
+        The directory, to be given to ``RxTAlpha.from_pretrained`` and ``Tokenizer.from_pretrained``. Weights are saved in
+        float16, which halves the file; compute with them in float32.
 
     Raises:
         ValueError: for arguments out of range, or a training state of other settings.
@@ -415,6 +433,8 @@ def train_demo(
         first = 0
     elif start.tokenizer is None:
         raise ValueError("start has no tokenizer; load it with the one that it was trained with.")
+    elif any(parameter.dtype is not torch.float32 for parameter in start.parameters()):
+        raise ValueError("start has weights of another type than float32; load it with dtype=torch.float32.")
     else:
         model, tokenizer, first = start, start.tokenizer, len(phases) - 1
     writer = EpisodeWriter.for_split("train", dialogue)
@@ -425,7 +445,7 @@ def train_demo(
             if on_step is not None:
                 on_step(before + step, result)
 
-        settings = replace(phases[number].settings, seed=seed, steps=counts[number])
+        settings = replace(phases[number].settings, seed=seed, steps=round(counts[number] / phases[number].until))
         if model.stm.size != phases[number].slots:
             model = widen_memory(model, phases[number].slots)
         close_gates(model, phases[number].closing)
@@ -438,8 +458,9 @@ def train_demo(
             resume=resume,
             workers=workers,
             on_step=tell,
+            stop_after=counts[number],
         )
-    model.save_pretrained(directory, embedding="once")
+    model.to(torch.float16).save_pretrained(directory, embedding="once")
     for state in training_states(directory):
         state.unlink()
     return directory
