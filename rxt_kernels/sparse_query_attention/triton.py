@@ -66,9 +66,7 @@ def _attention_backward(
     split_layout: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = AttentionArguments(
-        query, key, value, causal, key_mask, key_lengths, query_angles, split_layout, scale
-    )  # fmt: skip
+    arguments = AttentionArguments(query, key, value, causal, key_mask, key_lengths, query_angles, split_layout, scale)
     return attention_backward(arguments, gradient, out, log_sum)
 
 
@@ -85,9 +83,7 @@ def _attention_inference(
     scale: float,
 ) -> Tensor:
     """Without gradients. The way is chosen in here, where sizes are numbers, so that no traced graph depends on it."""
-    arguments = AttentionArguments(
-        query, key, value, causal, key_mask, key_lengths, query_angles, split_layout, scale
-    )  # fmt: skip
+    arguments = AttentionArguments(query, key, value, causal, key_mask, key_lengths, query_angles, split_layout, scale)
     if arguments.query_time <= MOST_QUERIES:
         return attention_decode(arguments)
     return attention_forward(arguments)[0]

@@ -99,11 +99,12 @@ class AttentionArguments:
     @property
     def visibility(self) -> tuple[Tensor, int, int, Tensor, int]:
         """The mask with its strides and the lengths with theirs, or stand-ins."""
-        mask = (self.query, 0, 0)
+        mask, lengths, mask_strides, length_stride = self.query, self.query, (0, 0), 0
         if self.key_mask is not None:
-            mask = self.key_mask.view(torch.uint8), *self.key_mask.stride()
-        lengths = (self.query, 0) if self.key_lengths is None else (self.key_lengths, self.key_lengths.stride(0))
-        return *mask, *lengths
+            mask, mask_strides = self.key_mask.view(torch.uint8), (self.key_mask.stride(0), self.key_mask.stride(1))
+        if self.key_lengths is not None:
+            lengths, length_stride = self.key_lengths, self.key_lengths.stride(0)
+        return mask, *mask_strides, lengths, length_stride
 
     @property
     def switches(self) -> dict[str, Any]:

@@ -10,7 +10,6 @@ walked without a comparison.
 A rotated query would be turned again for every block of keys; it is rotated once instead, by the kernel of ``rotary``.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
-# ruff: noqa: N803  (constants of a kernel are written in capitals)
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ queries that read the same key head: its query heads, the few times, and, where 
 Keys and values are thus read once per group of queries, not once per query.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
-# ruff: noqa: N803  (constants of a kernel are written in capitals)
 
 from __future__ import annotations
 

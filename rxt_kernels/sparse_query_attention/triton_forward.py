@@ -5,7 +5,6 @@ exponentials of every query for the backward pass. The walk has two parts: block
 nothing is compared, and the blocks at the causal diagonal or at the end of the keys.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
-# ruff: noqa: N803  (constants of a kernel are written in capitals)
 
 from __future__ import annotations
 

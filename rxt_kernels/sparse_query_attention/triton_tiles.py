@@ -3,7 +3,6 @@
 Rows of a tile are queries or keys, columns the values of a head, padded to a power of two. Offsets are 64 bits wide.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
-# ruff: noqa: N803  (constants of a kernel are written in capitals)
 
 from __future__ import annotations
 
