@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -10,11 +11,18 @@ from torch import Tensor
 from triton_cases import DEVICE, needs_triton
 
 from rxt_kernels import memory_cross_attention, sparse_query_attention
+from rxt_kernels.configs import override_config
 from rxt_kernels.testing import GRADIENT_FACTOR, assert_accurate
+from rxt_kernels.triton_runtime import count_launches
 
 pytestmark = needs_triton
 
 HEADS = [(1, 1), (4, 2), (6, 1), (2, 4), (3, 3)]
+SMALL_BLOCKS = {
+    kernel: {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 4, "num_stages": 1}
+    for kernel, rows, columns in [("sqa_fwd", 32, 16), ("sqa_bwd_dq", 16, 32), ("sqa_bwd_dkdv", 16, 32)]
+}
+"""Blocks of queries and keys that differ, so that walks are cut in all ways: into whole blocks, diagonals and ends."""
 
 
 def draw(*shape: int) -> Tensor:
@@ -59,7 +67,7 @@ def test_times_that_differ_and_blocks_that_end_early(query_time: int, key_time: 
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("head_dim", [2, 8, 24, 64, 96, 128])
+@pytest.mark.parametrize("head_dim", [2, 8, 24, 64, 96, 128, 256])
 def test_head_sizes(head_dim: int) -> None:
     compare(draw(1, 5, 2, head_dim), draw(1, 7, 2, head_dim), draw(1, 7, 2, head_dim), torch.float32)
 
@@ -134,3 +142,36 @@ def test_dropout_and_odd_heads_are_refused_by_name() -> None:
     wide = draw(1, 2, 1, 258)
     with pytest.raises(ValueError, match="heads have 258 values"):
         sparse_query_attention(wide, wide, wide, backend="triton")
+
+
+@pytest.mark.parametrize("visible", ["all", "lengths", "mask"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("query_time", "key_time"), [(66, 66), (35, 80), (80, 35)])
+def test_walks_in_two_parts(query_time: int, key_time: int, causal: bool, visible: str) -> None:
+    options: dict[str, Any] = {"causal": causal}
+    if visible == "lengths":
+        options["key_lengths"] = torch.tensor([key_time - 1, 0], device=DEVICE)
+    if visible == "mask":
+        options["key_mask"] = torch.rand(2, key_time, device=DEVICE) < 0.7
+    with ExitStack() as stack:
+        for kernel, row in SMALL_BLOCKS.items():
+            stack.enter_context(override_config(kernel, row))
+        key, value = draw(2, key_time, 1, 16), draw(2, key_time, 1, 16)
+        compare(draw(2, query_time, 1, 16), key, value, torch.float32, **options)
+
+
+def test_two_runs_are_equal() -> None:
+    sides = [draw(2, 40, heads, 16).requires_grad_() for heads in (4, 2, 2)]
+    gradient = draw(2, 40, 4, 16)
+    runs = []
+    for _ in range(2):
+        out = sparse_query_attention(*sides, causal=True, backend="triton")
+        runs.append((out, *torch.autograd.grad(out, sides, gradient)))
+    assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
+
+
+def test_rotation_of_keys_is_a_launch_and_that_of_queries_is_none() -> None:
+    query, key, angles = draw(1, 20, 2, 16), draw(1, 20, 1, 16), torch.rand(20, 8, device=DEVICE)
+    with count_launches() as launches:
+        sparse_query_attention(query, key, key, query_angles=angles, key_angles=angles, backend="triton")
+    assert dict(launches) == {"_rotary_kernel": 1, "_sqa_fwd_kernel": 1}
