@@ -61,7 +61,7 @@ def beta_3b() -> RxTBeta:
 
 
 MODELS = {"beta": beta, "beta-3b": beta_3b}
-FORWARD = {"_sqa_fwd_kernel", "_rms_norm_fwd_kernel", "_swiglu_fwd_kernel", "_experts_up_kernel", "_combine_kernel"}
+FORWARD = {"_sqa_fwd_kernel", "_rms_norm_fwd_kernel", "_swiglu_fwd_kernel", "_moe_up_kernel", "_moe_combine_kernel"}
 BACKWARD = {"_sqa_bwd_dq_kernel", "_rms_norm_bwd_kernel", "_swiglu_bwd_kernel", "_weight_gradient_kernel"}
 
 
