@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rxt_kernels.aot.addresses import narrow_products
 from rxt_kernels.aot.assembly import Code, Instruction, innermost_loops, read_amd, read_nvidia
 from rxt_kernels.aot.intermediate import loads, matrix_products, needs_wide_loads, touched
 from rxt_kernels.aot.targets import TARGETS, Target
 from rxt_kernels.triton_runtime import Launch
 
-__all__ = ["Compiled", "Job", "compile_job", "compiler_cache", "job_of"]
+__all__ = ["Compiled", "Job", "compile_job", "compiler_cache", "inspect", "job_of"]
 
 WIDE = 128
 SCALAR = 32
@@ -180,28 +181,14 @@ class _Resources(NamedTuple):
 def _read(job: Job, tile: Mapping[str, int], switches: Mapping[str, bool], target: Target, compiled: Any) -> Compiled:
     resources = (_nvidia if target.backend == "cuda" else _amd)(compiled.asm)
     shared, warps = int(compiled.metadata.shared), int(compiled.metadata.num_warps)
-    code, intermediate = resources.code, str(compiled.asm["ttir"])
-    is_matrix = re.compile(target.matrix_instruction).fullmatch
-    names = Counter(base for step in code.instructions if is_matrix(base := step.name.split(".")[0]))
-
-    def matters(step: Instruction) -> bool:
-        return step.access is not None or is_matrix(step.name.split(".")[0]) is not None
-
-    hot = innermost_loops(code, matters)
-    matrix_in_loops = sum(is_matrix(step.name.split(".")[0]) is not None for loop in hot for step in loop)
-    scalar = _scalar_loads(hot, intermediate)
+    intermediate = str(compiled.asm["ttir"])
+    inspected = inspect(resources.code, intermediate, target)
     arguments = touched(intermediate)
-    problems = []
+    problems = list(inspected.problems)
     if resources.spilled:
         problems.append(f"it spills {resources.spilled} bytes per thread.")
     if shared > target.most_shared_memory:
         problems.append(f"it wants {shared} bytes of shared memory; a program can have {target.most_shared_memory}.")
-    products = [product for product in matrix_products(intermediate) if product.is_for_matrix_units]
-    if products and not names:
-        problems.append("it multiplies tiles without any matrix instruction.")
-    elif any(product.is_in_loop for product in products) and hot and not matrix_in_loops:
-        problems.append("it multiplies tiles in a loop, and has no matrix instruction in an innermost loop.")
-    problems += [f"it loads a tile in pieces of at most {SCALAR} bits in a loop: {place}." for place in scalar]
     return Compiled(
         kernel=job.kernel,
         target=job.target,
@@ -215,15 +202,49 @@ def _read(job: Job, tile: Mapping[str, int], switches: Mapping[str, bool], targe
         stack=resources.stack,
         shared=shared,
         occupancy=target.occupancy(resources.registers, shared, warps),
-        loops=len(hot),
-        matrix_in_loops=matrix_in_loops,
-        matrix_instructions=dict(sorted(names.items())),
-        wide_share=_wide_share([step for loop in hot for step in loop] or code.instructions),
-        scalar_loads=tuple(scalar),
+        loops=inspected.loops,
+        matrix_in_loops=inspected.matrix_in_loops,
+        matrix_instructions=inspected.matrix_instructions,
+        wide_share=inspected.wide_share,
+        scalar_loads=inspected.scalar_loads,
         read=arguments.read,
         written=arguments.written,
         problems=tuple(problems),
     )
+
+
+class Inspected(NamedTuple):
+    """What the instructions of a kernel say; fields as in :class:`Compiled`."""
+
+    loops: int
+    matrix_in_loops: int
+    matrix_instructions: dict[str, int]
+    wide_share: float
+    scalar_loads: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def inspect(code: Code, intermediate: str, target: Target) -> Inspected:
+    """Compare what a kernel means to do with the instructions that came of it."""
+    is_matrix = re.compile(target.matrix_instruction).fullmatch
+
+    def multiplies(step: Instruction) -> bool:
+        return is_matrix(step.name.split(".")[0]) is not None
+
+    hot = innermost_loops(code, lambda step: step.access is not None or multiplies(step))
+    names = Counter(step.name.split(".")[0] for step in code.instructions if multiplies(step))
+    matrix_in_loops = sum(multiplies(step) for loop in hot for step in loop)
+    scalar = _scalar_loads(hot, intermediate)
+    problems = []
+    products = [product for product in matrix_products(intermediate) if product.is_for_matrix_units]
+    if products and not names:
+        problems.append("it multiplies tiles without any matrix instruction.")
+    elif any(product.is_in_loop for product in products) and hot and not matrix_in_loops:
+        problems.append("it multiplies tiles in a loop, and has no matrix instruction in an innermost loop.")
+    problems += [f"it loads a tile in pieces of at most {SCALAR} bits in a loop: {place}." for place in scalar]
+    problems += [f"it computes an offset in 32 bits: {product}." for product in narrow_products(intermediate)]
+    share = _wide_share([step for loop in hot for step in loop] or code.instructions)
+    return Inspected(len(hot), matrix_in_loops, dict(sorted(names.items())), share, tuple(scalar), tuple(problems))
 
 
 def _scalar_loads(loops: Sequence[Sequence[Instruction]], intermediate: str) -> list[str]:
@@ -237,7 +258,7 @@ def _scalar_loads(loops: Sequence[Sequence[Instruction]], intermediate: str) -> 
         for step in loop
         if step.access is not None and step.access.is_load and step.access.bits <= SCALAR and step.place not in exempt
     }
-    return sorted("/".join([*Path(place[0]).parts[-2:], str(place[1])]) if place else "unknown" for place in places)
+    return sorted(f"{'/'.join(Path(place[0]).parts[-2:])}:{place[1]}" if place else "unknown" for place in places)
 
 
 def _wide_share(steps: Sequence[Instruction]) -> float:

@@ -1,4 +1,4 @@
-"""Tables of block sizes: reading, checking, choosing.
+"""Tables of block sizes: reading, checking, choosing, writing.
 
 A table is a JSON file::
 
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,41 +24,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ConfigError", "architecture_of", "block_config", "for_architecture", "load_table", "override_config"]
+__all__ = [
+    "ConfigError",
+    "Row",
+    "Table",
+    "architecture_of",
+    "block_config",
+    "for_architecture",
+    "kernel_names",
+    "load_table",
+    "observe_configs",
+    "override_config",
+    "rows_of",
+    "save_table",
+]
 
 Row = Mapping[str, int]
-Table = Mapping[str, tuple[Row, ...]]
+Table = Mapping[str, Sequence[Row]]
 
 DEFAULT = "default"
 ENVIRONMENT_VARIABLE = "RXT_KERNELS_CONFIGS"
+LARGEST_BLOCK, MOST_WARPS, MOST_STAGES = 1024, 32, 8
 _HERE = Path(__file__).parent
+_OF_EVERY_KERNEL = ("up_to", "num_warps", "num_stages")
 
+_logger = logging.getLogger("rxt_kernels")
 _architectures: list[str] = []
 _overrides: list[tuple[str, Row]] = []
+_observers: list[list[tuple[str, int]]] = []
 
 
 class ConfigError(ValueError):
     """A table of block sizes that cannot be used; the message names file, kernel and value."""
 
 
-def _is_power_of_two(value: int) -> bool:
-    return value > 0 and value & (value - 1) == 0
-
-
 def _check_row(where: str, row: Any) -> Row:
     if not isinstance(row, dict) or not all(type(value) is int for value in row.values()):
         raise ConfigError(f"{where} is {row!r}; a row maps names to integers.")
-    if row.get("up_to", 0) < 1:
-        raise ConfigError(f"{where} has up_to {row.get('up_to')!r}; it is the largest width of the row, at least 1.")
+    for name in _OF_EVERY_KERNEL:
+        if name not in row:
+            raise ConfigError(f"{where} has no {name}; a row has {', '.join(_OF_EVERY_KERNEL)} and block sizes.")
     for name, value in row.items():
-        if name == "num_stages" and 1 <= value <= 8:
-            continue
-        if name not in ("up_to", "num_stages") and _is_power_of_two(value) and value <= 1024:
-            continue
-        if name != "up_to":
-            accepted = "1 to 8" if name == "num_stages" else "a power of two of at most 1024"
+        if name == "up_to":
+            fits, accepted = value >= 1, "the largest width of the row, at least 1"
+        elif name == "num_stages":
+            fits, accepted = 1 <= value <= MOST_STAGES, f"1 to {MOST_STAGES}"
+        else:
+            most = MOST_WARPS if name == "num_warps" else LARGEST_BLOCK
+            fits, accepted = 1 <= value <= most and value & (value - 1) == 0, f"a power of two of at most {most}"
+        if not fits:
             raise ConfigError(f"{where} has {name} {value}; accepted is {accepted}.")
     return row
+
+
+def _check_names(where: str, names: set[str], expected: set[str]) -> None:
+    if missing := sorted(expected - names):
+        raise ConfigError(f"{where} lacks {', '.join(missing)}; it needs {', '.join(sorted(expected))}.")
+    if unknown := sorted(names - expected):
+        raise ConfigError(
+            f"{where} has {', '.join(unknown)}, which is not known; it takes {', '.join(sorted(expected))}."
+        )
 
 
 def load_table(path: str | Path) -> tuple[str, Table]:
@@ -70,7 +96,8 @@ def load_table(path: str | Path) -> tuple[str, Table]:
         The architecture it is for, and the rows of every kernel.
 
     Raises:
-        ConfigError: the file cannot be read or is no table; the message says where and why.
+        ConfigError: the file cannot be read, is no table, or names a kernel or a block size that the table of defaults
+            does not have; the message says where and why.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -81,6 +108,7 @@ def load_table(path: str | Path) -> tuple[str, Table]:
     kernels = content.get("kernels")
     if not isinstance(kernels, dict):
         raise ConfigError(f"{path} has no kernels; a table is an object with architecture and kernels.")
+    architecture: str = content["architecture"]
     table: dict[str, tuple[Row, ...]] = {}
     for kernel, rows in kernels.items():
         if not isinstance(rows, list) or not rows:
@@ -88,8 +116,28 @@ def load_table(path: str | Path) -> tuple[str, Table]:
         table[kernel] = tuple(_check_row(f"{path}: {kernel}, row {index}", row) for index, row in enumerate(rows))
         limits = [row["up_to"] for row in table[kernel]]
         if limits != sorted(set(limits)):
-            raise ConfigError(f"{path}: {kernel} has rows up to {limits}; they must grow.")
-    return content["architecture"], table
+            raise ConfigError(f"{path}: {kernel} has rows up to {', '.join(map(str, limits))}; they must grow.")
+        known = table if Path(path) == _HERE / f"{DEFAULT}.json" else _packaged(DEFAULT)
+        if kernel not in known:
+            raise ConfigError(f"{path} has {kernel}, which is no kernel; kernels are {', '.join(sorted(known))}.")
+        for index, row in enumerate(table[kernel]):
+            _check_names(f"{path}: {kernel}, row {index},", set(row), set(known[kernel][0]))
+    return architecture, table
+
+
+def save_table(path: str | Path, architecture: str, table: Table) -> None:
+    """Write a table, kernels by name and one row per line; a file that is there is replaced in one step."""
+    kernels = (
+        f"    {json.dumps(kernel)}: [\n"
+        + ",\n".join(f"      {json.dumps(dict(row))}" for row in table[kernel])
+        + "\n    ]"
+        for kernel in sorted(table)
+    )
+    text = f'{{\n  "architecture": {json.dumps(architecture)},\n  "kernels": {{\n' + ",\n".join(kernels) + "\n  }\n}\n"
+    target = Path(path)
+    temporary = target.with_name(target.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(target)
 
 
 @functools.cache
@@ -99,8 +147,16 @@ def _packaged(architecture: str) -> Table:
 
 
 @functools.cache
-def _own(path: str) -> tuple[str, Table]:
-    return load_table(path)
+def _own(path: str, architecture: str) -> Table:
+    """The user's table, if it is for this architecture or for all."""
+    own_architecture, table = load_table(path)
+    if own_architecture in (architecture, DEFAULT):
+        return table
+    _logger.warning(
+        "%s=%s is for %s and this is %s: its block sizes are not used (said once)",
+        ENVIRONMENT_VARIABLE, path, own_architecture, architecture,
+    )  # fmt: skip
+    return {}
 
 
 @functools.cache
@@ -145,18 +201,60 @@ def override_config(kernel: str, row: Row) -> Iterator[None]:
         _overrides.pop()
 
 
-def _row(table: Table, kernel: str, width: int) -> Row | None:
-    return next((row for row in table.get(kernel, ()) if width <= row["up_to"]), None)
+@contextmanager
+def observe_configs() -> Iterator[list[tuple[str, int]]]:
+    """The kernels whose block sizes are asked for inside the block, each with its width in half-precision elements.
+
+    Example:
+        >>> with observe_configs() as asked:
+        ...     _ = block_config("sqa_fwd", torch.empty(0), 16)
+        >>> asked
+        [('sqa_fwd', 32)]
+    """
+    asked: list[tuple[str, int]] = []
+    _observers.append(asked)
+    try:
+        yield asked
+    finally:
+        _observers.remove(asked)
 
 
-def _tables(architecture: str) -> Iterator[Table]:
-    path = os.environ.get(ENVIRONMENT_VARIABLE)
-    if path:
-        own_architecture, table = _own(path)
-        if own_architecture in (architecture, DEFAULT):
-            yield table
+def _tables(architecture: str, own: str | None) -> Iterator[Table]:
+    if own:
+        yield _own(own, architecture)
     yield _packaged(architecture)
     yield _packaged(DEFAULT)
+
+
+def kernel_names() -> tuple[str, ...]:
+    """Every kernel that has block sizes.
+
+    Example:
+        >>> "sqa_fwd" in kernel_names()
+        True
+    """
+    return tuple(sorted(_packaged(DEFAULT)))
+
+
+def rows_of(kernel: str, architecture: str) -> Sequence[Row]:
+    """The rows of a kernel that hold on an architecture: of the user's table, the architecture's, or the defaults.
+
+    Raises:
+        ConfigError: there is no such kernel.
+    """
+    for table in _tables(architecture, os.environ.get(ENVIRONMENT_VARIABLE)):
+        if kernel in table:
+            return table[kernel]
+    raise ConfigError(f"{kernel!r} is no kernel with block sizes; they are {', '.join(kernel_names())}.")
+
+
+@functools.cache
+def _chosen(kernel: str, architecture: str, width: int, own: str | None) -> Row:
+    for table in _tables(architecture, own):
+        for row in table.get(kernel, ()):
+            if width <= row["up_to"]:
+                return {name: value for name, value in row.items() if name != "up_to"}
+    raise ConfigError(f"no table has a row for kernel {kernel!r} at width {width}; default.json must have one.")
 
 
 def block_config(kernel: str, on: Tensor, width: int) -> dict[str, int]:
@@ -174,11 +272,10 @@ def block_config(kernel: str, on: Tensor, width: int) -> dict[str, int]:
         >>> sorted(block_config("sqa_fwd", torch.empty(0, dtype=torch.bfloat16), 16))
         ['BLOCK_M', 'BLOCK_N', 'num_stages', 'num_warps']
     """
+    counted = width * max(2, on.element_size()) // 2
+    for observer in _observers:
+        observer.append((kernel, counted))
     for name, row in reversed(_overrides):
         if name == kernel:
             return {key: value for key, value in row.items() if key != "up_to"}
-    counted = width * max(2, on.element_size()) // 2
-    for table in _tables(architecture_of(on)):
-        if (found := _row(table, kernel, counted)) is not None:
-            return {key: value for key, value in found.items() if key != "up_to"}
-    raise ConfigError(f"no table has a row for kernel {kernel!r} at width {counted}; default.json must have one.")
+    return dict(_chosen(kernel, architecture_of(on), counted, os.environ.get(ENVIRONMENT_VARIABLE)))

@@ -66,7 +66,7 @@ def _rms_norm_bwd_kernel(
     x_inner, x_outer_stride, x_inner_stride, x_stride, weight_stride, blocks_per_program,
     HAS_TOTAL_GRADIENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK).to(tl.int64)
     scale = tl.load(weight + column * weight_stride, mask=column < width, other=0.0).to(tl.float32)
     weight_sum = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -90,7 +90,7 @@ def _rms_norm_bwd_kernel(
         contiguous = row.to(tl.int64)[:, None] * width + column[None, :]
         tl.store(x_gradient + contiguous, dx.to(x_gradient.dtype.element_ty), mask=inside)
         weight_sum += tl.sum(dy * normed, axis=0)
-    tl.store(weight_partial + program.to(tl.int64) * width + column, weight_sum, mask=column < width)
+    tl.store(weight_partial + program * width + column, weight_sum, mask=column < width)
 
 
 def _tile(kernel: str, x: Tensor) -> dict[str, int]:
