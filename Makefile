@@ -4,11 +4,12 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint format upstream train scaling clean
+.PHONY: help demo test test-aot lint format upstream train scaling clean
 
 help:
 	@echo "make demo      talk to the shipped model and measure scaling (under 3 minutes after downloads)"
 	@echo "make test      the test suite (under 10 minutes on two cores)"
+	@echo "make test-aot  compile every kernel for four GPUs, without one, and fail if one is not as it should be"
 	@echo "make lint      ruff and mypy"
 	@echo "make upstream  install the upstream library beside the tests, for the parity tests"
 	@echo "make train     train the shipped model again, into runs/demo"
@@ -24,6 +25,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(RUN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-aot: $(READY)
+	$(RUN)/python -m rxt_kernels.aot --jobs 2 --quiet --json benchmarks/results/aot.json
 
 lint: $(READY)
 	$(RUN)/ruff check .
