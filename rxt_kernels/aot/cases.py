@@ -25,7 +25,7 @@ BATCH, TRAINED = 8, 256
 """Rows and tokens of a training step."""
 CACHED = 512
 """Tokens of a prompt, and of the cache that a decoded token sees."""
-SCORED = 256
+SCORED = 64
 """Rows of logits of a training step that are compiled for; more rows are more programs of the same code."""
 WRITTEN = 1024
 """Tokens of an interaction that is written to the memory, if a model takes so many."""

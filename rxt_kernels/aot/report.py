@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 from rxt_kernels.aot.cases import Case
@@ -36,23 +38,34 @@ class Recorded:
     tensor_bytes: dict[str, int]
 
 
-class _SkipsProducts(TorchDispatchMode):
-    """Matrix products of the vendor's library, between the kernels, are not computed: nobody reads the result."""
+def _without_data(value: Tensor | torch.device) -> Tensor | torch.device:
+    return value.to("meta") if isinstance(value, Tensor) else torch.device("meta")
 
-    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
-                torch.ops.aten.baddbmm.default)  # fmt: skip
+
+class _ComputesNothing(TorchDispatchMode):
+    """What torch does to large tensors between the kernels is not computed: nobody reads the result."""
+
+    large = 1 << 14
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in self.products:
-            return func(*args, **(kwargs or {}))
-        like = next(argument for argument in args if isinstance(argument, torch.Tensor))
-        shape = func(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args), **(kwargs or {}))
-        return torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype, device=like.device)
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        shares_memory = any(value.alias_info is not None for value in (*func._schema.arguments, *func._schema.returns))
+        if func.namespace != "aten" or shares_memory or all(tensor.numel() < self.large for tensor in tensors):
+            return func(*args, **kwargs)
+        like = tree_map_only((Tensor, torch.device), _without_data, (args, kwargs))
+        return tree_map_only(
+            Tensor,
+            lambda tensor: torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensors[0].device
+            ),
+            func(*like[0], **like[1]),
+        )
 
 
 def launches_of(case: Case) -> list[Launch]:
     """The launches of a case, recorded instead of made."""
-    with record_launches() as launches, _SkipsProducts():
+    with record_launches() as launches, _ComputesNothing():
         case.call()
     return launches
 
