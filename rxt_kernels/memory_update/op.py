@@ -26,10 +26,18 @@ from rxt_kernels.memory_update.reference import (
     residual_gate_reference,
 )
 from rxt_kernels.rotary.op import check_layout
+from rxt_kernels.triton_runtime import available
 
 _RESIDUAL_GATE = Operation("residual_gate", residual_gate_reference)
 _MEMORY_NORM = Operation("memory_norm", memory_norm_reference)
 _MEMORY_UPDATE = Operation("memory_update", memory_update_reference)
+
+if available():
+    from rxt_kernels.memory_update import triton
+
+    _RESIDUAL_GATE.register("triton", triton.residual_gate_triton, triton.supports_gate, devices=("cuda",))
+    _MEMORY_NORM.register("triton", triton.memory_norm_triton, triton.supports_norm, devices=("cuda",))
+    _MEMORY_UPDATE.register("triton", triton.memory_update_triton, triton.supports, devices=("cuda",))
 
 
 def _names(names: Sequence[str]) -> str:
