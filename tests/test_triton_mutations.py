@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import pytest
 import test_triton_attention
+import test_triton_attention_decode
+import test_triton_memory_update
+import test_triton_mixture_of_experts
 import test_triton_offsets
 import test_triton_rms_norm
 import torch
@@ -43,6 +46,8 @@ def attention(query_heads: int, key_heads: int, *, causal: bool = False, masked:
 
 
 ATTENTION = "rxt_kernels.sparse_query_attention"
+EXPERTS = "rxt_kernels.mixture_of_experts"
+MEMORY = "rxt_kernels.memory_update"
 MUTATIONS = {
     "key head by remainder instead of by block": Mutation(
         f"{ATTENTION}.triton_forward", "_sqa_fwd_kernel", "head // (HEADS // KEY_HEADS)", "head % KEY_HEADS",
@@ -68,6 +73,26 @@ MUTATIONS = {
         f"{ATTENTION}.triton_forward", "tile_pointers", "row.to(tl.int64) * row_stride",
         "row.to(tl.int32) * tl.cast(row_stride, tl.int32)",
         lambda: test_triton_offsets.test_gradients_of_attention("key", 1),
+    ),
+    "splits of the keys added up as if they had seen equally much": Mutation(
+        f"{ATTENTION}.triton_decode", "_sqa_decode_combine_kernel", "tl.exp2(logarithm - base)", "tl.exp2(base - base)",
+        lambda: test_triton_attention_decode.test_around_the_edges_of_splits(129),
+    ),
+    "the wrong token gathered for an expert": Mutation(
+        f"{EXPERTS}.triton_experts", "_moe_up_kernel", "// top_k", "// top_k // 2",
+        lambda: test_triton_mixture_of_experts.test_forward_and_backward(5, 4, 2, torch.float32),
+    ),
+    "weights of experts not renormalised": Mutation(
+        f"{EXPERTS}.triton_router", "_moe_route_kernel", "kept / (total + 1e-9)[:, None]", "kept",
+        lambda: test_triton_mixture_of_experts.test_forward_and_backward(5, 4, 2, torch.float32),
+    ),
+    "the last row of an expert left out": Mutation(
+        f"{EXPERTS}.triton_experts", "_block_of_choices", "row < end", "row < end - 1",
+        lambda: test_triton_mixture_of_experts.test_forward_and_backward(40, 3, 1, torch.float32),
+    ),
+    "old memory kept whole beside the new": Mutation(
+        f"{MEMORY}.triton_gate", "_open", "factor * tl.sigmoid(-factor * before)", "factor * tl.sigmoid(factor * before)",
+        lambda: test_triton_memory_update.test_residual_gate("static", True, "mean", "sigmoid"),
     ),
     "mean left out of the gradient of a norm": Mutation(
         "rxt_kernels.rms_norm.triton", "_rms_norm_bwd_kernel", "scaled - normed * mean[:, None]", "scaled",
