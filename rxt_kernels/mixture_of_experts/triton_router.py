@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rxt_kernels.configs import block_config
-from rxt_kernels.mixture_of_experts.triton_sort import sort_blocks, store_order, store_starts
+from rxt_kernels.mixture_of_experts.triton_sort import column_of, load_choices, sort_blocks, store_order, store_starts
 from rxt_kernels.triton_runtime import launch
 
 LARGEST_EXPERTS = 1024
@@ -95,29 +95,29 @@ def _moe_route_kernel(
         choices = tl.full((), tokens * TOP_K, dtype=loss.dtype.element_ty)
         tl.store(loss, tl.sum(total, axis=0) * experts / (choices + 1e-6))
     else:
-        tl.store(counts + block * experts + expert, count, mask=expert < experts)
+        tl.store(counts + block * BLOCK_EXPERTS + expert, count)
         tl.store(partial_sums + block, tl.sum(total, axis=0))
 
 
 @triton.jit
 def _moe_route_backward_kernel(
     logits, chosen, weights_gradient, loss_gradient, logits_gradient, tokens, experts,
-    TOP_K: tl.constexpr, ROWS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, BLOCK_EXPERTS)
-    row_inside = row < tokens
-    inside = row_inside[:, None] & (expert < experts)[None, :]
+    inside = (row < tokens)[:, None] & (expert < experts)[None, :]
     place = row[:, None] * experts + expert[None, :]
     wide = loss_gradient.dtype.element_ty
     probability = _softmax(tl.load(logits + place, mask=inside, other=0.0).to(wide), (expert < experts)[None, :])
+    experts_of_row = load_choices(chosen, row, tokens, TOP_K, BLOCK_K)
+    gradients = load_choices(weights_gradient, row, tokens, TOP_K, BLOCK_K).to(wide)
     is_chosen = tl.zeros((ROWS, BLOCK_EXPERTS), dtype=tl.int1)
     dw = tl.zeros((ROWS, BLOCK_EXPERTS), dtype=wide)
     for k in range(TOP_K):
-        taken = expert[None, :] == tl.load(chosen + row * TOP_K + k, mask=row_inside, other=-1)[:, None]
+        taken = expert[None, :] == column_of(experts_of_row, k, BLOCK_K)
         is_chosen = is_chosen | taken
-        gradient = tl.load(weights_gradient + row * TOP_K + k, mask=row_inside, other=0.0).to(wide)
-        dw = tl.where(taken, gradient[:, None], dw)
+        dw = tl.where(taken, column_of(gradients, k, BLOCK_K), dw)
     kept = tl.where(is_chosen, probability, 0.0)
     total = (tl.sum(kept, axis=1) + 1e-9)[:, None]
     choices = tl.full((), tokens * TOP_K, dtype=wide)
@@ -168,7 +168,7 @@ def route(
         make((experts + 1,), dtype=torch.int32), x.new_empty((tokens if keep_logits else 0, experts), dtype=logits_dtype),
     )  # fmt: skip
     alone = blocks <= 1
-    counts = x.new_empty((0 if alone else blocks, experts), dtype=torch.int32)
+    counts = x.new_empty((0 if alone else blocks, tile["BLOCK_EXPERTS"]), dtype=torch.int32)
     partial_sums = x.new_empty((0 if alone else blocks,), dtype=wide)
     launch(
         _moe_route_kernel, (blocks,), x, router_weight, routed.logits, routed.weights, routed.chosen, counts, partial_sums,
@@ -190,7 +190,8 @@ def route_backward(
     tile = _tile(config, experts)
     launch(
         _moe_route_backward_kernel, (triton.cdiv(tokens, tile["ROWS"]),), logits, chosen, weights_gradient.contiguous(),
-        loss_gradient, logits_gradient, tokens, experts, TOP_K=top_k, **{**config, **tile}, on=x,
+        loss_gradient, logits_gradient, tokens, experts, TOP_K=top_k, BLOCK_K=triton.next_power_of_2(top_k),
+        **{**config, **tile}, on=x,
     )  # fmt: skip
     x_gradient = logits_gradient @ router_weight.to(logits.dtype)
     router_gradient = logits_gradient.t() @ x.to(logits.dtype)
