@@ -20,7 +20,7 @@ from rxt_kernels.aot.intermediate import loads, matrix_products, needs_wide_load
 from rxt_kernels.aot.targets import TARGETS, Target
 from rxt_kernels.triton_runtime import Launch
 
-__all__ = ["Compiled", "Job", "compile_job", "compiler_cache", "inspect", "job_of"]
+__all__ = ["Compiled", "Job", "compile_job", "compiler_cache", "failed", "inspect", "job_of"]
 
 WIDE = 128
 SCALAR = 32
@@ -147,27 +147,41 @@ def job_of(launch: Launch, target: Target) -> Job:
     )
 
 
+def _constants(job: Job, kernel: Any) -> tuple[dict[str, int], dict[str, bool]]:
+    """Compile-time numbers and truth values that are written in capitals."""
+    named = {kernel.arg_names[place[0]]: value for place, value in job.constants}
+    named = {name: value for name, value in named.items() if name.isupper()}
+    return (
+        {name: value for name, value in named.items() if type(value) is int},
+        {name: value for name, value in named.items() if type(value) is bool},
+    )
+
+
+def _kernel(job: Job) -> Any:
+    return getattr(importlib.import_module(job.module), job.kernel)
+
+
+def failed(job: Job, reason: str) -> Compiled:
+    """The report of a kernel that could not be compiled."""
+    tile, switches = _constants(job, _kernel(job))
+    return Compiled(
+        job.kernel, job.target, tile, switches, failure=reason, problems=(f"it does not compile: {reason}.",)
+    )
+
+
 def compile_job(job: Job) -> Compiled:
     """Compile and read; takes about two seconds, and needs Triton but no GPU."""
     import triton
     from triton.compiler import ASTSource
 
-    kernel = getattr(importlib.import_module(job.module), job.kernel)
-    target = TARGETS[job.target]
-    named = {kernel.arg_names[place[0]]: value for place, value in job.constants}
-    named = {name: value for name, value in named.items() if name.isupper()}
-    switches = {name: value for name, value in named.items() if type(value) is bool}
-    tile = {name: value for name, value in named.items() if type(value) is int}
+    kernel, target = _kernel(job), TARGETS[job.target]
     source = ASTSource(kernel, dict(job.types), dict(job.constants), dict(job.attributes))
     try:
         compiled = triton.compile(source, target=target.compiler_target(), options=dict(job.options))
     # Whatever the compiler stumbles over belongs into the report, under the name of the kernel.
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return Compiled(
-            job.kernel, job.target, tile, switches, failure=lines[-1], problems=(f"it does not compile: {lines[-1]}.",)
-        )
-    return _read(job, tile, switches, target, compiled)
+        return failed(job, (str(error).strip().splitlines() or [type(error).__name__])[-1])
+    return _read(job, *_constants(job, kernel), target, compiled)
 
 
 class _Resources(NamedTuple):

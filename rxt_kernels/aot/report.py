@@ -6,9 +6,11 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 from rxt_kernels.aot.cases import Case
-from rxt_kernels.aot.compiler import Compiled, Job, compile_job, compiler_cache, job_of
+from rxt_kernels.aot.compiler import Compiled, Job, compile_job, compiler_cache, failed, job_of
 from rxt_kernels.aot.targets import TARGETS, Target
 from rxt_kernels.aot.work import Work, bound_of, tensor_bytes, work_of
 from rxt_kernels.configs import for_architecture
@@ -92,14 +94,47 @@ def _compile_in(directory: str, job: Job) -> Compiled:
         return compile_job(job)
 
 
+class _Worker:
+    """A process that compiles one job after the other. A compiler that takes its process with it costs one job."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._pool: ProcessPoolExecutor | None = None
+
+    def compile(self, job: Job) -> Compiled:
+        if self._pool is None:
+            # A fork of a process that has run torch's threads may hang; a fresh one imports what it needs.
+            self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        try:
+            return self._pool.submit(_compile_in, self._directory, job).result()
+        except BrokenProcessPool:
+            self._pool = None
+            return failed(job, "the compiler ended its process")
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
 def _compiled(jobs: Sequence[Job], directory: str, processes: int) -> Iterator[Compiled]:
-    if processes == 1 or len(jobs) < 2:
-        yield from (_compile_in(directory, job) for job in jobs)
-        return
-    # A fork of a process that has run torch's threads may hang; a fresh one imports what it needs.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        yield from pool.map(_compile_in, [directory] * len(jobs), jobs, chunksize=1)
+    workers = [_Worker(directory) for _ in range(processes)]
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+
+    def compile_by_anyone(job: Job) -> Compiled:
+        worker = idle.get()
+        try:
+            return worker.compile(job)
+        finally:
+            idle.put(worker)
+
+    try:
+        with ThreadPoolExecutor(processes) as threads:
+            yield from threads.map(compile_by_anyone, jobs)
+    finally:
+        for worker in workers:
+            worker.close()
 
 
 def build(
