@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,12 +22,19 @@ class MemoryKeyValue(NamedTuple):
 
 @dataclass
 class _Progress:
-    """How far the rows of a cache are filled."""
+    """How far the rows of a cache are filled, on the device for the layers and on the host for everybody else."""
 
     lengths: Tensor
+    counts: list[int]
     capacity: int
-    longest: int = 0
-    is_uniform: bool = True
+
+    @property
+    def longest(self) -> int:
+        return max(self.counts)
+
+    @property
+    def is_uniform(self) -> bool:
+        return min(self.counts) == self.longest
 
 
 class LayerCache:
@@ -126,6 +134,7 @@ class SelfAttentionCache:
         self.limit = limit
         self._progress = _Progress(
             lengths=torch.zeros(batch_size, dtype=torch.long, device=device),
+            counts=[0] * batch_size,
             capacity=capacity if limit is None else min(capacity, limit),
         )
         self.layers = [LayerCache(self._progress) for _ in range(num_layers)]
@@ -208,12 +217,13 @@ class SelfAttentionCache:
             doubled = self.capacity * 2
             self._progress.capacity = doubled if self.limit is None else min(doubled, self.limit)
 
-    def advance(self, new: int, valid: Tensor | None = None) -> None:
+    def advance(self, new: int, valid: Sequence[int] | Tensor | None = None) -> None:
         """Count ``new`` tokens per row, of which the first ``valid[b]`` are real in row ``b``.
 
         Args:
             new: tokens written per row.
-            valid: (B,) int64, or None when all are real. It is read on the host.
+            valid: a number per row, or None when all are real. As a (B,) int64 tensor on an accelerator it has to be
+                waited for; a list costs nothing.
 
         Raises:
             ValueError: ``valid`` has another shape, or counts below 0 or above ``new``; or more is counted than
@@ -226,21 +236,21 @@ class SelfAttentionCache:
             )
         if valid is None:
             progress.lengths = progress.lengths + new
-            progress.longest += new
+            progress.counts = [count + new for count in progress.counts]
             return
-        if valid.dtype is not torch.long or valid.shape != (self.batch_size,):
+        if isinstance(valid, Tensor) and (valid.dtype is not torch.long or valid.shape != (self.batch_size,)):
             raise ValueError(
                 f"valid is {valid.dtype} of shape {tuple(valid.shape)}; it must be int64 of shape ({self.batch_size},)."
             )
-        counts = valid.tolist()
+        counts = valid.tolist() if isinstance(valid, Tensor) else list(valid)
+        if len(counts) != self.batch_size:
+            raise ValueError(f"valid holds {len(counts)} numbers; it must hold one per row, here {self.batch_size}.")
         if min(counts) < 0 or max(counts) > new:
             raise ValueError(
                 f"valid holds counts from {min(counts)} to {max(counts)}; of {new} new tokens, 0 to {new} count."
             )
-        progress.lengths = progress.lengths + valid
-        lengths = progress.lengths.tolist()
-        progress.longest = max(lengths)
-        progress.is_uniform = min(lengths) == progress.longest
+        progress.lengths = progress.lengths + torch.as_tensor(counts).to(progress.lengths.device, non_blocking=True)
+        progress.counts = [count + more for count, more in zip(progress.counts, counts, strict=True)]
 
     def positions(self, new: int) -> Tensor:
         """Positions of the next ``new`` tokens: (new,) when all rows are equally long, else (B, new)."""

@@ -7,72 +7,26 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import BETA_TOKENS, EOS, VOCABULARY, messages, right_padded
+from helpers import EOS, messages, right_padded
+from small_models import make
 from torch import Tensor
 from triton_cases import DEVICE, needs_triton
 
 from rxt_kernels import linear_cross_entropy, use_backend
 from rxt_kernels.testing import GRADIENT_FACTOR, assert_accurate
 from rxt_kernels.triton_runtime import count_launches
-from rxt_model import MemoryAttentionConfig, RxTBeta, TransformerConfig
+from rxt_model.models import ReactiveTransformer
 
 pytestmark = needs_triton
 
 
-def beta() -> RxTBeta:
-    """An RxT-Beta in small: fewer query heads, stacked experts, gates between a layer's memory and the mean of all."""
-    common = {"num_layers": 2, "embed_dim": 32, "att_heads": 2, "att_query_groups": 2, "stm_size": 6}
-    transformer = {**common, "vocab_size": VOCABULARY, "ff_dim": 24}
-    torch.manual_seed(0)
-    return RxTBeta(
-        TransformerConfig(
-            **transformer, use_moe=True, num_experts=3, moe_top_k=2, num_shared_experts=0, moe_bias_mode="local"
-        ),  # type: ignore[arg-type]
-        TransformerConfig(**transformer, skip_memory_cross_attention=True),  # type: ignore[arg-type]
-        MemoryAttentionConfig(
-            **common, use_gated_residual=True, residual_gate_type="elementwise", use_tanh_residual_gate=False
-        ),  # type: ignore[arg-type]
-        BETA_TOKENS,
-        "gated-self-interlayer",
-    )
-
-
-def beta_3b() -> RxTBeta:
-    """What RxT-Beta 3B has besides: stateless layers, shared experts, gated attention, a head norm, groups of layers."""
-    common = {"num_layers": 2, "embed_dim": 16, "att_heads": 2, "att_query_groups": 2, "stm_size": 5}
-    transformer = {
-        **common, "vocab_size": VOCABULARY, "ff_dim": 12, "use_gated_attention": True, "use_attention_output_bias": False,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    return RxTBeta(
-        TransformerConfig(
-            **transformer, use_moe=True, num_experts=4, moe_top_k=2, num_shared_experts=2, shared_expert_dim=10,
-            moe_bias_mode="global", moe_shared_experts_bias_mode="global", use_gated_cross_attention=False,
-            use_head_norm=True, head_norm_type="rms_norm", dense_layer_dim=20, stateless_layers_config=("dense", "moe"),
-            final_stateless_layers_config=("moe",), router_amp=True, router_dtype="float32",
-        ),  # type: ignore[arg-type]
-        TransformerConfig(**transformer, skip_memory_cross_attention=True),  # type: ignore[arg-type]
-        MemoryAttentionConfig(
-            **common, use_gated_residual=True, residual_gate_type="elementwise", use_tanh_residual_gate=False, num_groups=2
-        ),  # type: ignore[arg-type]
-        BETA_TOKENS,
-        "grouped-self-interlayer",
-    )  # fmt: skip
-
-
-MODELS = {"beta": beta, "beta-3b": beta_3b}
 FORWARD = {"_sqa_fwd_kernel", "_rms_norm_fwd_kernel", "_swiglu_fwd_kernel", "_moe_up_kernel", "_moe_combine_kernel"}
 BACKWARD = {"_sqa_bwd_dq_kernel", "_rms_norm_bwd_kernel", "_swiglu_bwd_kernel", "_weight_gradient_kernel"}
 
 
-@pytest.fixture(params=MODELS)
-def model(request: pytest.FixtureRequest) -> RxTBeta:
-    made: RxTBeta = MODELS[request.param]().eval().to(DEVICE)
-    with torch.no_grad():
-        # Biases and gates start at constants; a formula that forgot one would pass.
-        for parameter in made.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return made
+@pytest.fixture(params=["beta", "beta-3b"])
+def model(request: pytest.FixtureRequest) -> ReactiveTransformer:
+    return make(request.param, DEVICE)
 
 
 def padded(lengths: list[int], seed: int) -> tuple[Tensor, Tensor]:
@@ -81,7 +35,7 @@ def padded(lengths: list[int], seed: int) -> tuple[Tensor, Tensor]:
 
 
 def three_ways(
-    model: RxTBeta, compute: Callable[[RxTBeta], dict[str, Tensor]]
+    model: ReactiveTransformer, compute: Callable[[ReactiveTransformer], dict[str, Tensor]]
 ) -> list[tuple[str, Tensor, Tensor, Tensor]]:
     """(name, on Triton, in eager torch, in float64) of everything computed."""
     with use_backend("reference"):
@@ -92,14 +46,14 @@ def three_ways(
     return [(name, fast[name], eager[name], exact[name]) for name in exact]
 
 
-def test_logits_and_memory_after_two_updates(model: RxTBeta) -> None:
+def test_logits_and_memory_after_two_updates(model: ReactiveTransformer) -> None:
     first, second = padded([7, 3], seed=1), padded([4, 9], seed=2)
     start = torch.randn(2, 2, model.stm.size, model.stm.dim, device=DEVICE)
 
     @torch.no_grad()
-    def compute(model: RxTBeta) -> dict[str, Tensor]:
+    def compute(model: ReactiveTransformer) -> dict[str, Tensor]:
         memory = start.to(model.stm.memory.dtype)
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, (ids, mask) in (("first", first), ("second", second)):
             logits = model.decoder(ids, mask, memory)
             memory = model.memory_attention(model.encoder(ids, mask), mask, memory)
@@ -113,12 +67,12 @@ def test_logits_and_memory_after_two_updates(model: RxTBeta) -> None:
         assert_accurate(own, plain, true)
 
 
-def test_gradients_of_a_training_step(model: RxTBeta) -> None:
+def test_gradients_of_a_training_step(model: ReactiveTransformer) -> None:
     """Through the answer, the memory it read, and the encoder of the turn that was written."""
     heard, answered = padded([5, 8], seed=3), padded([6, 4], seed=4)
     start = torch.randn(2, 2, model.stm.size, model.stm.dim, device=DEVICE)
 
-    def compute(model: RxTBeta) -> dict[str, Tensor]:
+    def compute(model: ReactiveTransformer) -> dict[str, Tensor]:
         memory = model.memory_attention(model.encoder(*heard), heard[1], start.to(model.stm.memory.dtype))
         ids, mask = answered
         states = model.decoder.hidden_states(ids, mask, memory)
@@ -142,7 +96,7 @@ def test_gradients_of_a_training_step(model: RxTBeta) -> None:
         assert_accurate(own, plain, true, factor=GRADIENT_FACTOR)
 
 
-def test_greedy_answers_are_the_same(model: RxTBeta) -> None:
+def test_greedy_answers_are_the_same(model: ReactiveTransformer) -> None:
     with torch.no_grad():
         model.decoder.model.head.bias[EOS] -= 9.0
     ids = torch.tensor(messages([5], seed=5))

@@ -89,6 +89,7 @@ def _demo_model() -> dict[str, Any]:
         "sha256": hashlib.sha256(content).hexdigest(),
         "fingerprint": model_fingerprint(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "decoding": model.explain(),
     }
 
 
@@ -109,6 +110,7 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {demo['directory']}"
         yield f"  {demo['parameters']:,} parameters, {demo['bytes']:,} bytes"
         yield f"  sha256 {demo['sha256'][:16]}, fingerprint {demo['fingerprint'][:12]}"
+        yield f"  {demo['decoding']}"
     else:
         yield f"  {demo['reason']}"
     names = ", ".join(report["benchmarks"])

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rxt_model.checks import check_token_ids
 from rxt_model.gradients import no_gradients
 from rxt_model.interaction.decoding import CachedDecoding, Decoding, Step, UncachedDecoding, padded, stream_tokens
+from rxt_model.interaction.engine import MODULES, choose_engine, engine_decoding
 from rxt_model.interaction.sampling import Sampler, SamplingOptions, most_likely
 from rxt_model.interaction.state import (
     ConversationState,
@@ -90,6 +91,9 @@ class Conversation(TextInterface):
     memory_attention: RxTMemoryAttention
     turns: int
     """Interactions written into memory since it was reset or initialised."""
+
+    decode_engine: str = "auto"
+    """How answers are decoded: "auto", "modules", or the name of an engine of :mod:`rxt_kernels.decode`."""
 
     @property
     def stm(self) -> ShortTermMemory:
@@ -403,7 +407,20 @@ class Conversation(TextInterface):
                 f"set_batch_mode(True, batch_size={rows}) first."
             )
 
+    def explain(self) -> str:
+        """Which path decoding takes, and why, in one sentence."""
+        choice = choose_engine(self.decoder, self.decode_engine)
+        path = (
+            "operation by operation through the modules"
+            if choice.engine == MODULES
+            else f"by the {choice.engine} engine"
+        )
+        return f"Answers are decoded {path}: {choice.reason}"
+
     def _decoding(self, use_cache: bool, rows: int, capacity: int) -> Decoding:
+        engine = choose_engine(self.decoder, self.decode_engine).engine if use_cache else MODULES
+        if engine != MODULES:
+            return engine_decoding(self.decoder, engine, rows, self.stm.memory)
         with no_gradients():
             memory = self.decoder.project_memory()
 

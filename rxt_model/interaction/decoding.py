@@ -25,8 +25,11 @@ class Decoding(Protocol):
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Logits (B, V) after the last token of every prompt."""
 
-    def step(self, tokens: Tensor, active: Tensor | None) -> Tensor:
-        """Logits (B, V) after one more token per row; rows that are not active do not count."""
+    def step(self, tokens: Tensor, active: Sequence[bool] | None) -> Tensor:
+        """Logits (B, V) after one more token per row; rows that are not active do not count.
+
+        The logits may be overwritten by the next step.
+        """
 
 
 class CachedDecoding:
@@ -56,13 +59,13 @@ class CachedDecoding:
         input_ids, lengths = padded(prompts, self._device)
         hidden = self._hidden_states(input_ids, self.cache)
         same_length = min(map(len, prompts)) == max(map(len, prompts))
-        self.cache.advance(input_ids.shape[1], None if same_length else lengths)
+        self.cache.advance(input_ids.shape[1], None if same_length else list(map(len, prompts)))
         return self._logits(last_rows(hidden, lengths))
 
     @no_gradients()
-    def step(self, tokens: Tensor, active: Tensor | None) -> Tensor:
+    def step(self, tokens: Tensor, active: Sequence[bool] | None) -> Tensor:
         hidden = self._hidden_states(tokens[:, None], self.cache)
-        self.cache.advance(1, None if active is None else active.long())
+        self.cache.advance(1, None if active is None else list(map(int, active)))
         return self._logits(hidden[:, -1])
 
 
@@ -81,8 +84,8 @@ class UncachedDecoding:
         return self._run()
 
     @no_gradients()
-    def step(self, tokens: Tensor, active: Tensor | None) -> Tensor:
-        alive = [True] * len(self._rows) if active is None else active.tolist()
+    def step(self, tokens: Tensor, active: Sequence[bool] | None) -> Tensor:
+        alive = [True] * len(self._rows) if active is None else active
         for row, token, is_active in zip(self._rows, tokens.tolist(), alive, strict=True):
             if is_active:
                 row.append(token)
@@ -147,8 +150,8 @@ def stream_tokens(
         yield Step(tokens, active)
         remaining = remaining - active.long()
         active = active & (tokens != eos_id) & (remaining > 0)
-        count = int(active.sum())  # the caller reads every token anyway, so this adds no synchronisation
-        if count == 0:
+        alive = active.tolist()  # the caller reads every token anyway, so this adds no synchronisation
+        if not any(alive):
             return
-        logits = decoding.step(tokens, None if count == len(prompts) else active)
+        logits = decoding.step(tokens, None if all(alive) else alive)
         tokens = torch.where(active, sampler(logits), tokens)

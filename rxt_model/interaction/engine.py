@@ -1,0 +1,252 @@
+"""From a decoder's modules to a decode engine, and why a model is or is not decoded with one.
+
+An engine (:mod:`rxt_kernels.decode`) knows weights, not modules. It is used only where it computes what the modules
+would: a module of another class, a hook, or a replaced ``forward`` is a reason to let the modules do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from rxt_kernels.decode import (
+    ENGINES,
+    DecodeEngine,
+    DecoderLayerWeights,
+    DecoderWeights,
+    ExpertWeights,
+    FeedForwardWeights,
+    MemoryReadWeights,
+    NormWeights,
+    decode_engine,
+    supports,
+)
+from rxt_model.decoder import DecoderNetwork, RxTDecoder
+from rxt_model.gradients import no_gradients
+from rxt_model.interaction.decoding import padded
+from rxt_model.layers.attention import MemoryCrossAttention, SparseQueryAttention
+from rxt_model.layers.feed_forward import FeedForward, GatedLinearUnit
+from rxt_model.layers.mixture_of_experts import PerExpertMixtureOfExperts, Router, StackedMixtureOfExperts
+from rxt_model.layers.norms import RMSNorm
+from rxt_model.layers.transformer_layer import TransformerLayer
+from rxt_model.memory import ShortTermMemory
+
+__all__ = ["MODULES", "DecodingChoice", "EngineDecoding", "choose_engine", "decoder_weights", "engine_decoding"]
+
+MODULES = "modules"
+"""The name of decoding without an engine."""
+
+_KNOWN: frozenset[type[nn.Module]] = frozenset(
+    {
+        RxTDecoder, DecoderNetwork, TransformerLayer, SparseQueryAttention, MemoryCrossAttention, FeedForward,
+        GatedLinearUnit, Router, PerExpertMixtureOfExperts, StackedMixtureOfExperts, RMSNorm, ShortTermMemory,
+        nn.Embedding, nn.Linear, nn.LayerNorm, nn.ModuleList,
+    }
+)  # fmt: skip
+
+
+class DecodingChoice(NamedTuple):
+    """How a model is decoded: the name of an engine, or :data:`MODULES`; and why, in one sentence."""
+
+    engine: str
+    reason: str
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def _foreign(decoder: RxTDecoder) -> str | None:
+    """Why weights do not say all that the modules of a decoder compute, in one sentence; None if they do."""
+    for name, module in decoder.named_modules():
+        where = name or "the decoder"
+        if type(module) not in _KNOWN:
+            return f"{where} is of the class {type(module).__name__}, which an engine does not know."
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{where} has forward hooks, which an engine would not call."
+        if "forward" in vars(module) or module._compiled_call_impl is not None:
+            return f"the forward method of {where} was replaced, and an engine would not call it."
+    config = decoder.config
+    if decoder.training and (config.att_dropout or config.ff_dropout):
+        return "the model is in training mode and drops activations; call eval()."
+    kinds = {(parameter.dtype, parameter.device) for parameter in decoder.parameters()}
+    if len(kinds) > 1:
+        found = " and ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        return f"the parameters are {found}; an engine takes one dtype on one device."
+    return None
+
+
+def _norm(module: nn.Module) -> NormWeights:
+    return NormWeights(cast(Tensor, module.weight), module.bias if isinstance(module, nn.LayerNorm) else None)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of nn.Linear layers as one, matrices applied as x @ w; a copy."""
+    stacked = torch.stack([tensor.detach() for tensor in tensors])
+    return stacked.transpose(1, 2).contiguous() if stacked.dim() == 3 else stacked
+
+
+def _feed_forward(module: nn.Module) -> FeedForwardWeights | ExpertWeights:
+    if isinstance(module, FeedForward):
+        first, second = module.first_linear, module.fc2
+        return FeedForwardWeights(first.weight, first.bias, second.weight, second.bias, module.gated, module.activation)
+    assert isinstance(module, (PerExpertMixtureOfExperts, StackedMixtureOfExperts))
+    options = module.options
+    w1: Tensor
+    w2: Tensor
+    b1: Tensor | None
+    b2: Tensor | None
+    if isinstance(module, StackedMixtureOfExperts):
+        w1, w2, b1, b2, global_bias = module.w1, module.w2, module.b1, module.b2, module.global_bias
+    else:
+        w1, w2, b1, b2 = (_stacked(tensors) for tensors in module._weights(module.experts))
+        global_bias = None
+    return ExpertWeights(
+        module.router.gate.weight, w1, w2, b1, b2, global_bias, module._shared(),
+        top_k=options.top_k, gated=options.gated, activation=options.activation, router_dtype=options.router_dtype,
+    )  # fmt: skip
+
+
+def _layer(layer: TransformerLayer, memory_index: int | None) -> DecoderLayerWeights:
+    read = None
+    if memory_index is not None:
+        read = MemoryReadWeights(
+            _norm(layer.stm_norm), _norm(layer.norm2), layer.memory_cross_attention.weights(), memory_index
+        )
+    return DecoderLayerWeights(
+        _norm(layer.norm1),
+        layer.attention.weights(),
+        read,
+        _norm(getattr(layer, layer._feed_forward_norm)),
+        _feed_forward(layer.ff),
+    )
+
+
+@no_gradients()
+def decoder_weights(decoder: RxTDecoder) -> DecoderWeights:
+    """The weights of a decoder as an engine takes them; experts that are separate modules are copied into one tensor."""
+    network, config = decoder.model, decoder.config
+    rotary = network.rotary
+    device = network.embedding.weight.device
+    return DecoderWeights(
+        embedding=network.embedding.weight,
+        layers=tuple(_layer(layer, index) for layer, index in network.layers_in_order()),
+        head_norm=None if network.head_norm is None else _norm(network.head_norm),
+        head=network.head.weight,
+        head_bias=network.head.bias,
+        inverse_frequencies=None if rotary is None else rotary._frequencies(device),
+        rotary_layout=config.rope_layout,
+        rounds_angles=config.rope_angle_dtype == "match",
+        gate_activation=config.gated_attention_activation,
+    )
+
+
+# -- engines ----------------------------------------------------------------------------------------------------------
+
+
+class _Kept:
+    """The engine of a decoder, kept for its next message, with the weights it was made from."""
+
+    def __init__(self, decoder: RxTDecoder) -> None:
+        self.state = _state(decoder)
+        self.weights = decoder_weights(decoder)
+        self.engine: DecodeEngine | None = None
+        self.message = 0
+        """Counts messages: the engine answers the last one only."""
+
+
+_kept: WeakKeyDictionary[RxTDecoder, _Kept] = WeakKeyDictionary()
+
+
+def _state(decoder: RxTDecoder) -> tuple[tuple[int, int], ...]:
+    """Changes when a weight is replaced, moved, or changed in place."""
+    return tuple(
+        (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
+        for parameter in decoder.parameters()
+    )
+
+
+def _keep(decoder: RxTDecoder) -> _Kept:
+    kept = _kept.get(decoder)
+    if kept is None or kept.state != _state(decoder):
+        kept = _kept[decoder] = _Kept(decoder)
+    return kept
+
+
+def choose_engine(decoder: RxTDecoder, wanted: str = "auto") -> DecodingChoice:
+    """How this decoder is decoded.
+
+    Args:
+        decoder: the decoder.
+        wanted: the name of an engine, :data:`MODULES`, or "auto": the first engine that is made for the device and can
+            decode this model, else its modules.
+
+    Raises:
+        ValueError: the name is unknown, or the engine cannot decode this model; the message is its reason.
+    """
+    if wanted == MODULES:
+        return DecodingChoice(MODULES, "it was asked for.")
+    if wanted != "auto" and wanted not in ENGINES:
+        known = ", ".join(map(repr, ("auto", MODULES, *ENGINES)))
+        raise ValueError(f"decode_engine is {wanted!r}, which is not known; it is one of {known}.")
+    reason = _foreign(decoder)
+    if wanted != "auto":
+        reason = reason or supports(wanted, _keep(decoder).weights)
+        if reason is not None:
+            raise ValueError(f"decode_engine={wanted!r} cannot decode this model: {reason}")
+        return DecodingChoice(wanted, "it was asked for.")
+    device = decoder.model.embedding.weight.device
+    candidates = [name for name, engine in ENGINES.items() if device.type in engine.devices]
+    if not candidates:
+        return DecodingChoice(MODULES, f"no engine of this build is made for {device.type}.")
+    for name in candidates:
+        reason = reason or supports(name, _keep(decoder).weights)
+        if reason is None:
+            return DecodingChoice(name, f"it can decode this model on {device}.")
+    assert reason is not None
+    return DecodingChoice(MODULES, reason)
+
+
+class EngineDecoding:
+    """Decoding of one message by an engine (see :class:`rxt_model.interaction.decoding.Decoding`)."""
+
+    def __init__(self, kept: _Kept, engine: DecodeEngine) -> None:
+        kept.message += 1
+        self._kept = kept
+        self._engine = engine
+        self._message = kept.message
+
+    def _check(self) -> None:
+        if self._message != self._kept.message:
+            raise RuntimeError(
+                "this answer was ended because another interaction began; read an answer to its end before asking again."
+            )
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        self._check()
+        tokens, _ = padded(prompts, self._kept.weights.embedding.device)
+        return self._engine.prefill(tokens, [len(prompt) for prompt in prompts])
+
+    def step(self, tokens: Tensor, active: Sequence[bool] | None) -> Tensor:
+        self._check()
+        return self._engine.step(tokens, active)
+
+
+@no_gradients()
+def engine_decoding(decoder: RxTDecoder, engine: str, rows: int, memory: Tensor) -> EngineDecoding:
+    """Decoding of the next message by an engine; the engine of the message before is used again if it fits.
+
+    Args:
+        decoder: the decoder.
+        engine: what :func:`choose_engine` chose.
+        rows: messages answered at once.
+        memory: (L, 1 or rows, S, D).
+    """
+    kept = _keep(decoder)
+    if kept.engine is None or (kept.engine.name, kept.engine.rows) != (engine, rows):
+        kept.engine = decode_engine(kept.weights, rows, engine=engine)
+    kept.engine.set_memory(memory)
+    return EngineDecoding(kept, kept.engine)
