@@ -153,10 +153,23 @@ def _on_the_device() -> Iterator[None]:
         yield
 
 
+def half_open_gate(kind: str, slots: int, dim: int, **options: Any) -> ResidualGateParameters:
+    """With small weights: the slope of a gate that is wide open or shut, and so every gradient, is nothing but rounding."""
+    made: ResidualGateParameters = convert(make_gate(kind, slots, dim, **options), lambda tensor: 0.4 * tensor)
+    return made
+
+
+def gates_one_by_one(old: Tensor, new: Tensor, gates: list[ResidualGateParameters], backend: str) -> Tensor:
+    return torch.stack(
+        [residual_gate(*sides, gate, backend=backend) for *sides, gate in zip(old, new, gates, strict=True)]
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(("kind", "per_slot", "status", "activation"), GATES)
 def test_residual_gate(kind: str, per_slot: bool, status: str, activation: str) -> None:
-    gate = make_gate(kind, 5, 12, per_slot=per_slot, status=status, activation=activation)
-    compare(residual_gate, {"old": draw(3, 5, 12), "new": draw(3, 5, 12), "gate": gate})
+    """Several gates, because a gate may have but one number of a kind, and one error of eager torch is no measure."""
+    gates = [half_open_gate(kind, 5, 12, per_slot=per_slot, status=status, activation=activation) for _ in range(4)]
+    compare(gates_one_by_one, {"old": draw(4, 2, 5, 12), "new": draw(4, 2, 5, 12), "gates": gates})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -200,7 +213,7 @@ def gates_of_layers(old: Tensor, new: Tensor, gates: list[ResidualGateParameters
 @pytest.mark.parametrize("groups", [2, 4])
 @pytest.mark.parametrize(("kind", "per_slot", "status", "activation"), [*GATES, ("add", True, "mean", "sigmoid")])
 def test_residual_gates_of_all_layers(kind: str, per_slot: bool, status: str, activation: str, groups: int) -> None:
-    gates = [make_gate(kind, 5, 8, per_slot=per_slot, status=status, activation=activation) for _ in range(4)]
+    gates = [half_open_gate(kind, 5, 8, per_slot=per_slot, status=status, activation=activation) for _ in range(4)]
     compare(
         gates_of_layers, {"old": draw(4, 1 if groups == 4 else 2, 5, 8), "new": draw(groups, 2, 5, 8), "gates": gates}
     )
@@ -413,7 +426,7 @@ class CountOperations(TorchDispatchMode):
 def test_launches_do_not_grow_with_layers(variant: str, options: dict[str, Any]) -> None:
     """Neither those of Triton nor those of torch, neither forward nor backward; nor with groups of layers."""
     counts = []
-    for number in (2, 6):
+    for number in (4, 6) if variant.startswith("grouped") else (2, 5):
         groups = {"groups": number // 2} if variant.startswith("grouped") else {}
         inputs = update_inputs(variant, number=number, slots=3, dim=8, time=2, masked=True, **groups, **options)
         leaves = [leaf.requires_grad_() for name, value in inputs.items() for _, leaf in leaves_of(value, name)]
