@@ -34,7 +34,6 @@ __all__ = [
     "DEMO_SHAPE",
     "DemoShape",
     "Phase",
-    "close_gates",
     "demo_model",
     "demo_tokenizer",
     "prepare_for_copying",
@@ -42,7 +41,6 @@ __all__ = [
     "train_demo",
     "train_stateless",
     "training_states",
-    "widen_memory",
 ]
 
 
@@ -76,8 +74,6 @@ class Phase:
 
     Attributes:
         settings: curriculum and rates.
-        slots: memory slots that the model has in it.
-        closing: how far memory gates are closed before it, see :func:`close_gates`.
         until: share of its steps after which the next phase takes over.
 
     Raises:
@@ -85,8 +81,6 @@ class Phase:
     """
 
     settings: TrainingSettings
-    slots: int
-    closing: float = 0.0
     until: float = 1.0
 
     def __post_init__(self) -> None:
@@ -115,34 +109,25 @@ DEMO_PHASES = (
                 ),
             ),
         ),
-        slots=48,
         until=0.64,
     ),
     Phase(
         TrainingSettings(
-            steps=2200,
-            learning_rate=3e-4,
-            final_learning_rate=0.03,
-            warmup_steps=50,
-            gate_rate=3.0,
-            write_cost_weight=0.5,
-            probes=6,
-            token_limit=48,
+            steps=500,
+            learning_rate=6e-4,
+            final_learning_rate=0.02,
+            warmup_steps=20,
             stages=(
-                Stage(0.60, (8, 12, 18, 18), 216, 12, statement_rows=0.2, chat_rows=0.1, mistakes=0.35),
                 Stage(
-                    1.00, (4, 8, 12, 18, 18), 216, 12,
-                    statement_rows=0.8, chat_rows=0.4, emphasis="answers", mistakes=0.35,
+                    1.00, (4, 8, 12, 18), 216, 12,
+                    statement_rows=0.6, chat_rows=0.4, emphasis="answers", mistakes=0.35,
                 ),
             ),
         ),
-        slots=96,
-        closing=3.0,
     ),
 )  # fmt: skip
-"""First what memory is for, in short and then in long conversations. Then long conversations alone, with twice the memory
-and gates that write less: in the first phase, every message that tells something rewrites a third of the first layer, and
-more of it does not change that.
+"""First what memory is for, in short and then in long conversations; its schedule is left early, while steps are still long.
+Then the same with a rate that falls to nothing: that is when recall of old facts comes.
 
 Long episodes want small steps: at the full rate, training on eighteen turns became unstable, and a trained model that
 went on at 1e-3 forgot within a hundred steps what it could do."""
@@ -283,62 +268,6 @@ def prepare_for_copying(model: RxTAlpha | SparseQueryTransformer) -> None:
                 linear.weight.diagonal().add_(8.0)
 
 
-@torch.no_grad()
-def widen_memory(model: RxTAlpha, slots: int) -> RxTAlpha:
-    """The same model with more memory slots, a multiple of those it has.
-
-    Nothing but residual gates knows how many slots there are. The new memory is several of the old size side by side: their
-    gates start as copies that do not see each other, and their contents differ because the first ones are drawn at random.
-
-    Args:
-        model: with linear residual gates.
-        slots: how many it shall have.
-
-    Raises:
-        ValueError: ``slots`` is no multiple of the slots there are.
-
-    Example:
-        >>> from rxt_model.demo_model import load_demo_model
-        >>> small = load_demo_model()
-        >>> widen_memory(small, 2 * small.stm.size).stm.size // small.stm.size
-        2
-    """
-    old = model.memory_attention.config.stm_size
-    if slots < old or slots % old:
-        raise ValueError(f"slots is {slots}; accepted is a multiple of the {old} slots that the model has.")
-    copies = slots // old
-    wide = RxTAlpha(
-        model.decoder.config.replace(stm_size=slots),
-        model.encoder.config.replace(stm_size=slots),
-        model.memory_attention.config.replace(stm_size=slots),
-        memory_attention_variant=model.memory_attention.config.variant,
-        tokenizer=model.tokenizer,
-    )
-    weights = dict(model.named_parameters())
-    for name, parameter in wide.named_parameters():
-        value: Tensor = weights[name]
-        if value.shape != parameter.shape:
-            value = torch.block_diag(*[value] * copies) if value.dim() == 2 else value.tile(copies)
-        parameter.copy_(value)
-    return wide
-
-
-@torch.no_grad()
-def close_gates(model: RxTAlpha, by: float) -> None:
-    """Lower what linear memory gates are opened by, so that a message changes fewer slots.
-
-    The context gate of the last layer stays as it is: through it, that layer reads what the other layers hold.
-
-    Args:
-        model: changed in place.
-        by: subtracted from the gates' biases; 3 makes a gate that is open by 50% open by 5%.
-    """
-    memory = model.memory_attention.model
-    for gate in [*memory.residual_gate_layers, *list(getattr(memory, "mean_residual_gate_layers", []))[:-1]]:
-        if isinstance(linear := gate.gate, nn.Linear):
-            linear.bias.sub_(by)
-
-
 def stateless_model(tokenizer: Tokenizer, shape: DemoShape = DEMO_SHAPE, *, seed: int = 0) -> SparseQueryTransformer:
     """A stateless language model of about the demo model's size: the same decoder layers, more of them."""
     torch.manual_seed(seed)
@@ -429,7 +358,7 @@ def train_demo(
     directory.mkdir(parents=True, exist_ok=True)
     if start is None:
         tokenizer = demo_tokenizer(dialogue, vocab_size=shape.vocab_size, seed=seed)
-        model = demo_model(tokenizer, replace(shape, slots=phases[0].slots), seed=seed)
+        model = demo_model(tokenizer, shape, seed=seed)
         first = 0
     elif start.tokenizer is None:
         raise ValueError("start has no tokenizer; load it with the one that it was trained with.")
@@ -446,9 +375,6 @@ def train_demo(
                 on_step(before + step, result)
 
         settings = replace(phases[number].settings, seed=seed, steps=round(counts[number] / phases[number].until))
-        if model.stm.size != phases[number].slots:
-            model = widen_memory(model, phases[number].slots)
-        close_gates(model, phases[number].closing)
         train(
             model,
             tokenizer,
