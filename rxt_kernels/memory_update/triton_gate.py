@@ -175,8 +175,9 @@ def _memory_update_gate_bwd_kernel(
     if LEARNED:
         factor = load_columns(status_weight, layer, column, width, status_weight_layer_stride, status_weight_stride)
     factor_gradient = tl.zeros((BLOCK,), dtype=tl.float32)
+    first = tl.program_id(0).to(tl.int64) * blocks_per_program
     for block in range(blocks_per_program):
-        row, column, inside = rows_of_program(tl.program_id(0) * blocks_per_program + block, rows, width, ROWS, BLOCK)
+        row, column, inside = rows_of_program(first + block, rows, width, ROWS, BLOCK)
         dy = load_rows(
             gradient, layer, row, column, inside, slots,
             gradient_layer_stride, gradient_batch_stride, gradient_slot_stride, gradient_stride,

@@ -131,8 +131,9 @@ def _memory_update_norm_bwd_kernel(
     if KIND == 3:
         factor_of_column = load_columns(weight, layer, column, width, weight_layer_stride, weight_stride)[None, :]
         added = load_columns(bias, layer, column, width, bias_layer_stride, bias_stride)[None, :]
+    first = tl.program_id(0).to(tl.int64) * blocks_per_program
     for block in range(blocks_per_program):
-        row, column, inside = rows_of_program(tl.program_id(0) * blocks_per_program + block, rows, width, ROWS, BLOCK)
+        row, column, inside = rows_of_program(first + block, rows, width, ROWS, BLOCK)
         read = inside
         if HAS_MASK:
             read = inside & _rows_kept(mask, row, rows, slots, mask_batch_stride, mask_slot_stride)[:, None]
