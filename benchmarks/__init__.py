@@ -7,5 +7,6 @@ Every benchmark is a module with ``add_arguments(parser)`` and ``run(arguments) 
 BENCHMARKS: dict[str, str] = {
     "scaling": "cost of a conversation against its number of turns: RxT and a stateless LLM of the same size",
     "memory": "recall of facts against the number of turns since they were told",
+    "launches": "kernels launched per decoded token and per memory update, by Triton and by torch",
 }
 """Name of a benchmark, which is also its module, to the question it answers."""
