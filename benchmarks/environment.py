@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import numpy as np
 import torch
 
 import rxt_kernels
+
+from .devices import make_timer
 
 __all__ = ["cores", "describe_environment", "machine_limits", "use_threads"]
 
@@ -82,8 +83,8 @@ def _load() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def describe_environment() -> dict[str, Any]:
-    """Processor, versions, threads, commit; no paths, no names of machines or people.
+def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Processor, versions, threads, commit, and the GPU if it is the device; no paths, no names of machines or people.
 
     ``load_average`` is the machine's, over the minute in front of the run: far above 0, and something else was running.
 
@@ -94,6 +95,7 @@ def describe_environment() -> dict[str, Any]:
     return {
         "cpu": _processor_name(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None,
         "system": f"{platform.system()} {platform.machine()}",
         "cores": cores(),
         "threads": torch.get_num_threads(),
@@ -106,24 +108,28 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def _fastest(work: Callable[[], object], repeats: int) -> float:
+def _fastest(work: Callable[[], object], repeats: int, device: torch.device) -> float:
     """Seconds of the fastest of several runs: a limit is what the machine can do, not what it usually does."""
     work()
-    times = []
+    timer, times = make_timer(device), []
     for _ in range(repeats):
-        start = time.perf_counter()
+        timer.start()
         work()
-        times.append(time.perf_counter() - start)
+        timer.mark("end")
+        times.append(timer.seconds()["end"])
     return min(times)
 
 
-def machine_limits(*, megabytes: int = 512, matrix: int = 2048, repeats: int = 7) -> dict[str, float]:
-    """Read bandwidth and float32 multiply-add rate, with the threads torch uses now.
+def machine_limits(
+    device: torch.device | str = "cpu", *, megabytes: int = 512, matrix: int = 2048, repeats: int = 7
+) -> dict[str, float]:
+    """Read bandwidth and float32 multiply-add rate of the device; of the CPU with the threads torch uses now.
 
     Bandwidth: a float32 array far larger than the caches, read once by a matrix-vector product. Rate: a square float32
     matrix product, two operations per multiply-add.
 
     Args:
+        device: what is measured.
         megabytes: size of the array.
         matrix: rows and columns of the square matrices.
         repeats: runs, of which the fastest counts.
@@ -131,21 +137,22 @@ def machine_limits(*, megabytes: int = 512, matrix: int = 2048, repeats: int = 7
     Returns:
         ``read_bandwidth_bytes_per_second`` and ``fma_flops_per_second``.
     """
-    with torch.no_grad():
+    where = torch.device(device)
+    with torch.no_grad(), where:
         return {
-            "read_bandwidth_bytes_per_second": _read_bandwidth(megabytes, repeats),
-            "fma_flops_per_second": _multiply_add_rate(matrix, repeats),
+            "read_bandwidth_bytes_per_second": _read_bandwidth(megabytes, repeats, where),
+            "fma_flops_per_second": _multiply_add_rate(matrix, repeats, where),
         }
 
 
-def _read_bandwidth(megabytes: int, repeats: int) -> float:
+def _read_bandwidth(megabytes: int, repeats: int, device: torch.device) -> float:
     columns = 4096
     array, vector = torch.ones(max(1, megabytes * _MEGABYTE // (4 * columns)), columns), torch.ones(columns)
     # Two ways of reading an array in order; whichever comes closer to the memory's limit.
-    seconds = min(_fastest(lambda: torch.mv(array, vector), repeats), _fastest(array.sum, repeats))
+    seconds = min(_fastest(lambda: torch.mv(array, vector), repeats, device), _fastest(array.sum, repeats, device))
     return array.numel() * array.element_size() / seconds
 
 
-def _multiply_add_rate(matrix: int, repeats: int) -> float:
+def _multiply_add_rate(matrix: int, repeats: int, device: torch.device) -> float:
     left, right = torch.ones(matrix, matrix), torch.ones(matrix, matrix)
-    return 2 * matrix**3 / _fastest(lambda: left @ right, repeats)
+    return 2 * matrix**3 / _fastest(lambda: left @ right, repeats, device)

@@ -30,6 +30,8 @@ from rxt_model.training.recall import (
     wilson_interval,
 )
 
+from .devices import add_device_argument, choose_device
+
 NAME = "recall"
 
 _CURVES = {
@@ -43,7 +45,9 @@ _CURVES = {
 }
 
 
-def measure(model_path: Path, history_path: Path | None, conversations: int, distances: Sequence[int]) -> RecallReport:
+def measure(
+    model_path: Path, history_path: Path | None, conversations: int, distances: Sequence[int], device: torch.device
+) -> RecallReport:
     """All curves for a model directory; prints each point as it is measured."""
 
     def show(point: RecallPoint) -> None:
@@ -64,7 +68,7 @@ def measure(model_path: Path, history_path: Path | None, conversations: int, dis
             measure_recall(model, distances=few, conversations=conversations, condition=condition, progress=show)
         )
     if history_path is not None:
-        stateless = SparseQueryTransformer.from_pretrained(history_path)
+        stateless = SparseQueryTransformer.from_pretrained(history_path).to(device)
         tokenizer = model.tokenizer or Tokenizer.from_pretrained(model_path)
         report.environment["history_parameters"] = sum(p.numel() for p in stateless.parameters())
         for changed in (False, True):
@@ -129,6 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--history", type=Path, help="directory of a trained stateless model")
     parser.add_argument("--conversations", type=int, default=150, help="per distance and curve (150)")
     parser.add_argument("--distances", type=int, nargs="+", default=list(range(1, 17)), help="turns (1 to 16)")
+    add_device_argument(parser)
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
     parser.add_argument("--output", type=Path, default=Path("runs"), help="where recall.json and recall.png go (runs)")
     parser.add_argument("--plot-only", action="store_true", help="draw the saved results again")
@@ -147,6 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         if min(values) < 1:
             raise ValueError(f"{name} is {min(values)}; it must be at least 1.")
+    device = choose_device(arguments.device)
     target = arguments.output / f"{NAME}.json"
     if arguments.plot_only:
         if not target.is_file():
@@ -156,7 +162,7 @@ def run(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
         arguments.output.mkdir(parents=True, exist_ok=True)
         model = demo_model_directory() if arguments.model is None else arguments.model
-        report = measure(model, arguments.history, arguments.conversations, arguments.distances)
+        report = measure(model, arguments.history, arguments.conversations, arguments.distances, device)
         save_report(report, target)
     plot(report, arguments.output / f"{NAME}.png")
     print(report.table())

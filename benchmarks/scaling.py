@@ -30,6 +30,7 @@ from rxt_model.models import ReactiveTransformer
 from rxt_model.presets import PRESETS, build, preset
 from rxt_model.tokenizer import Tokenizer
 
+from .devices import add_device_argument, choose_device
 from .dialogues import Lengths, Turn, conversation_turns, dialogue_tokenizer, load_dialogues
 from .environment import describe_environment, machine_limits, use_threads
 from .results import Results, read_results, write_results
@@ -42,7 +43,7 @@ NAME = "scaling"
 _WARM_UP_TURNS = 2
 _CHECKED_TURNS = 3
 # What has to be the same for two parts of one result.
-_SAME_MACHINE = ("cpu", "threads", "python", "torch", "rxt_kernels", "commit")
+_SAME_MACHINE = ("cpu", "gpu", "threads", "python", "torch", "rxt_kernels", "commit")
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer-tokens", type=int, metavar="N", help="likewise of an answer")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json (default: one trained on the dialogues)")
     parser.add_argument("--seed", type=int, default=default.seed, help="of weights and conversations")
+    add_device_argument(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
     parser.add_argument("--short", action="store_true", help="32 turns, 2 repeats, at most a minute of measuring")
     parser.add_argument("--time-limit", type=float, metavar="S", help="stop measuring after S seconds and report")
@@ -249,9 +251,10 @@ class _Run:
         self.settings, self.time_limit = _settings(arguments)
         self.path: str | None = arguments.json
         self.should_resume: bool = arguments.resume
+        self.device = choose_device(arguments.device)
         use_threads(arguments.threads)
-        self.environment = describe_environment()
-        self.model = make_model(self.settings)
+        self.environment = describe_environment(self.device)
+        self.model = make_model(self.settings).to(self.device)
         self.conversations, source = make_conversations(self.settings, self.model, arguments.tokenizer)
         self.recorded = {**asdict(self.settings), "dialogues": source, "tokenizer": arguments.tokenizer is not None}
         self.systems = make_systems(self.model, seed=self.settings.seed)
@@ -268,7 +271,7 @@ class _Run:
             self.samples, done = samples_of_rows(found.rows, self.samples)
             self.results.limits, self.results.created = found.limits, found.created
         else:
-            self.results.limits = machine_limits()
+            self.results.limits = machine_limits(self.device)
         for system in self.systems:
             self.differences[system.name] = check_system(system, self.conversations[0][:_CHECKED_TURNS])
         _warm_up(self.systems, self.conversations[0])

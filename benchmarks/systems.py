@@ -11,7 +11,6 @@ the next token of the recorded answer takes the place of its own, so that all sy
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,6 +26,7 @@ from rxt_model.models import ReactiveTransformer
 from rxt_model.stateless import SparseQueryTransformer
 
 from .costs import RxTCosts, StatelessCosts
+from .devices import make_timer
 from .dialogues import Turn
 
 __all__ = ["RxTSystem", "StatelessSystem", "System", "TurnTimes", "check_system", "make_systems"]
@@ -57,18 +57,19 @@ class TeacherForcing(Sampler):
 
     Args:
         answer: the tokens to give.
+        device: where the model is.
         keep_logits: keep what was chosen from, for checks.
     """
 
-    def __init__(self, answer: Sequence[int], *, keep_logits: bool = False) -> None:
+    def __init__(self, answer: Sequence[int], device: torch.device, *, keep_logits: bool = False) -> None:
         super().__init__(SamplingOptions(temperature=0.0))
-        self._forced = [torch.tensor([token]) for token in answer]
+        self._forced = list(torch.tensor(answer, device=device)[:, None])
         self._next = 0
         self.logits: list[Tensor] | None = [] if keep_logits else None
 
     def __call__(self, logits: Tensor) -> Tensor:
         if self.logits is not None:
-            self.logits.append(logits[0])
+            self.logits.append(logits[0].clone())  # an engine may write the next ones over them
         super().__call__(logits)
         token = self._forced[self._next]
         self._next += 1
@@ -104,6 +105,7 @@ class RxTSystem:
         self.name, self.title = "rxt", "RxT"
         self.model = model
         self.costs = RxTCosts(model.decoder.config, model.encoder.config, model.memory_attention.config)
+        self._timer = make_timer(model.device)
 
     def reset(self) -> None:
         self.model.reset_stm(seed=0)
@@ -114,18 +116,23 @@ class RxTSystem:
         return self.model._stream([prompt], sampler, turn.tokens, True, ())
 
     def turn(self, turn: Turn) -> TurnTimes:
-        sampler = TeacherForcing(turn.answer)
-        start = time.perf_counter()
-        first = last = 0.0
+        sampler, timer = TeacherForcing(turn.answer, self.model.device), self._timer
+        first: str | None = "first token"
+        timer.start()
         for step in self._steps(turn, sampler):
-            now = time.perf_counter()
             token = int(step.tokens[0])
-            first = first or now
             if token == MEMORY_UPDATE_START:
-                last = now
+                timer.mark("last token")
             elif token == MEMORY_UPDATE_END:
-                return TurnTimes(first - start, last - start, now - last, self._state_bytes())
-        raise RuntimeError("an interaction ended without its memory update")
+                timer.mark("memory update")
+            elif first is not None:
+                timer.mark(first)
+                first = None
+        seconds = timer.seconds()
+        if "memory update" not in seconds:
+            raise RuntimeError("an interaction ended without its memory update")
+        last = seconds["last token"]
+        return TurnTimes(seconds["first token"], last, seconds["memory update"] - last, self._state_bytes())
 
     def _state_bytes(self) -> int:
         memory = self.model.stm.memory
@@ -134,11 +141,11 @@ class RxTSystem:
     @torch.no_grad()
     def turn_logits(self, turn: Turn) -> tuple[Tensor, Tensor]:
         before = self.model.export_stm_state()
-        sampler = TeacherForcing(turn.answer, keep_logits=True)
+        sampler = TeacherForcing(turn.answer, self.model.device, keep_logits=True)
         for _ in self._steps(turn, sampler):
             pass
         assert sampler.logits is not None
-        ids = torch.tensor([[*turn.prompt, *turn.answer]])
+        ids = torch.tensor([[*turn.prompt, *turn.answer]], device=self.model.device)
         whole = self.model.decoder(ids[:, :-1], memory=before)[0, len(turn.prompt) - 1 :]
         written = self.model.memory_attention(self.model.encoder(ids), None, before)
         difference = _relative_difference(self.model.stm.memory, written)
@@ -164,27 +171,31 @@ class StatelessSystem:
         self.title = "LLM, KV cache kept" if keep_cache else "LLM, history re-read"
         self.conversation = StatelessConversation(model, token_ids, keep_cache=keep_cache)
         self.costs = StatelessCosts(model.config.transformer_config())
+        self._timer = make_timer(self.conversation.device)
 
     def reset(self) -> None:
         self.conversation.reset()
 
     def turn(self, turn: Turn) -> TurnTimes:
-        sampler = TeacherForcing(turn.answer)
-        start = time.perf_counter()
-        first = last = 0.0
+        sampler, timer = TeacherForcing(turn.answer, self.conversation.device), self._timer
+        first: str | None = "first token"
+        timer.start()
         for _ in self.conversation.stream(turn.prompt, sampler, len(turn.answer)):
-            last = time.perf_counter()
-            first = first or last
-        return TurnTimes(first - start, last - start, 0.0, self.conversation.state_bytes())
+            if first is not None:
+                timer.mark(first)
+                first = None
+            timer.mark("last token")
+        seconds = timer.seconds()
+        return TurnTimes(seconds["first token"], seconds["last token"], 0.0, self.conversation.state_bytes())
 
     @torch.no_grad()
     def turn_logits(self, turn: Turn) -> tuple[Tensor, Tensor]:
         start = len(self.conversation.history)
-        sampler = TeacherForcing(turn.answer, keep_logits=True)
+        sampler = TeacherForcing(turn.answer, self.conversation.device, keep_logits=True)
         for _ in self.conversation.stream(turn.prompt, sampler, len(turn.answer)):
             pass
         assert sampler.logits is not None
-        ids = torch.tensor([self.conversation.history[:-1]])
+        ids = torch.tensor([self.conversation.history[:-1]], device=self.conversation.device)
         whole = self.conversation.model(ids)[0, start + len(turn.prompt) - 1 :]
         return torch.stack(sampler.logits), whole
 
@@ -204,7 +215,7 @@ class StatelessSystem:
 
 
 def make_systems(model: ReactiveTransformer, *, seed: int) -> tuple[RxTSystem, StatelessSystem, StatelessSystem]:
-    """The model, and the stateless model of the same size in both ways, with weights drawn from ``seed``.
+    """The model, and the stateless model of the same size in both ways on its device, with weights drawn from ``seed``.
 
     Raises:
         ValueError: the decoder has parts that no stateless model of this package has, such as shared experts.
@@ -212,7 +223,7 @@ def make_systems(model: ReactiveTransformer, *, seed: int) -> tuple[RxTSystem, S
     config = StatelessConfig.like(model.decoder.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        stateless = SparseQueryTransformer(config).eval()
+        stateless = SparseQueryTransformer(config).eval().to(model.device)
     return (
         RxTSystem(model.eval()),
         StatelessSystem(stateless, model.token_ids, keep_cache=False),

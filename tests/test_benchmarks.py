@@ -499,7 +499,7 @@ def _threads_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model and limits that take no time; the conversations of this project."""
     monkeypatch.setattr(scaling, "build", lambda name: tiny_model(vocab_size=400))
-    monkeypatch.setattr(scaling, "machine_limits", lambda: dict(LIMITS))
+    monkeypatch.setattr(scaling, "machine_limits", lambda _: dict(LIMITS))
     monkeypatch.setattr(scaling, "load_dialogues", lambda turns: load_dialogues(turns, use_package=False))
 
 

@@ -357,12 +357,14 @@ def measure_history_recall(
             starts = [len(history) for history in histories]
             longest = max(starts)
             cache = model.new_cache(rows, capacity=longest + ANSWER_LIMIT)
-            padded = torch.tensor([history + [0] * (longest - len(history)) for history in histories])
-            lengths = torch.tensor(starts)
-            hidden = model.hidden_states(padded, torch.arange(longest) < lengths[:, None], cache).hidden
-            cache.advance(longest, lengths)
-            last = hidden[torch.arange(rows), lengths - 1]
-            open_rows = torch.ones(rows, dtype=torch.bool)
+            device = model.model.embedding.weight.device
+            padded = torch.tensor([history + [0] * (longest - len(history)) for history in histories], device=device)
+            lengths = torch.tensor(starts, device=device)
+            mask = torch.arange(longest, device=device) < lengths[:, None]
+            hidden = model.hidden_states(padded, mask, cache).hidden
+            cache.advance(longest, starts)
+            last = hidden[torch.arange(rows, device=device), lengths - 1]
+            open_rows = torch.ones(rows, dtype=torch.bool, device=device)
             for step in range(ANSWER_LIMIT):
                 tokens = model.logits(last).argmax(-1)
                 for row in torch.nonzero(open_rows).flatten().tolist():
