@@ -31,7 +31,8 @@ def _route(
     x: Tensor, router_weight: Tensor, top_k: int, logits_dtype: torch.dtype, by_index: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Weights and experts of every token, the loss, the order of choices, and logits; see ``triton_router.Routed``."""
-    return tuple(route(x, router_weight, top_k, logits_dtype, by_index, keep))
+    routed = route(x, router_weight, top_k, logits_dtype, by_index, keep)
+    return routed.weights, routed.chosen, routed.loss, routed.order, routed.starts, routed.logits
 
 
 @torch.library.custom_op("rxt_kernels::route_backward_triton", mutates_args=())
