@@ -132,9 +132,10 @@ class EagerEngine:
             return buffer
 
         shapes = [(layer.attention.key_value_heads, layer.attention.head_dim) for layer in self.weights.layers]
-        before = (self._keys or [None] * len(shapes)), (self._values or [None] * len(shapes))
+        nothing: list[Tensor | None] = [None] * len(shapes)
         self._keys, self._values = (
-            [grown(one, *shape) for one, shape in zip(old, shapes, strict=True)] for old in before
+            [grown(one, *shape) for one, shape in zip(old or nothing, shapes, strict=True)]
+            for old in (self._keys, self._values)
         )
         self._buffers_moved()
 

@@ -63,7 +63,8 @@ class StackedLayers(NamedTuple):
 
 def map_tensors(function: Callable[[Tensor], Tensor], parameters: Parameters) -> Parameters:
     """The same parameters with every tensor replaced by what `function` makes of it."""
-    return parameters._make(function(value) if isinstance(value, Tensor) else value for value in parameters)
+    values: list[Any] = [function(value) if isinstance(value, Tensor) else value for value in parameters]
+    return type(parameters)(*values)
 
 
 def stack_layers(layers: Sequence[MemoryUpdateLayer]) -> StackedLayers:
@@ -93,9 +94,8 @@ def stack_layers(layers: Sequence[MemoryUpdateLayer]) -> StackedLayers:
 def stack_parameters(parameters: Sequence[Parameters]) -> Parameters:
     """Norms or gates of one structure, one per layer, as one."""
     columns = zip(*parameters, strict=True)
-    return parameters[0]._make(
-        torch.stack(values) if isinstance(values[0], Tensor) else values[0] for values in columns
-    )
+    values: list[Any] = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+    return type(parameters[0])(*values)
 
 
 def _stack_attention(weights: Sequence[AttentionWeights]) -> StackedAttention:
