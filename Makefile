@@ -4,13 +4,14 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-aot test-gpu lint format upstream train scaling clean
+.PHONY: help demo test test-aot test-aot-small test-gpu lint format upstream train scaling clean
 
 help:
 	@echo "make demo      talk to the shipped model and measure scaling (under 3 minutes after downloads)"
 	@echo "make test      the test suite (under 10 minutes on two cores)"
 	@echo "make test-gpu  the tests of kernels and engines on a GPU, where \`make test\` runs them in Triton's interpreter"
 	@echo "make test-aot  compile every kernel for four GPUs, without one, and fail if one is not as it should be"
+	@echo "make test-aot-small  the kernels of one model for one of them; about two minutes"
 	@echo "make lint      ruff and mypy"
 	@echo "make upstream  install the upstream library beside the tests, for the parity tests"
 	@echo "make train     train the shipped model again, into runs/demo"
@@ -30,6 +31,9 @@ test: $(READY)
 test-gpu: $(READY)
 	@$(RUN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no GPU here; run it where there is one. `make test` runs the same tests in the interpreter of Triton.")'
 	$(RUN)/python -m pytest tests/test_triton_*.py tests/test_decode_engine.py
+
+test-aot-small: $(READY)
+	$(RUN)/python -m rxt_kernels.aot --small --target sm_90 --jobs 2 --quiet
 
 test-aot: $(READY)
 	$(RUN)/python -m rxt_kernels.aot --jobs 2 --quiet --json benchmarks/results/aot.json
