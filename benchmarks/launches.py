@@ -225,8 +225,8 @@ def _report(rows: Sequence[Mapping[str, Any]]) -> str:
     if any(row["experts"] == "separate" for row in rows):
         lines += [
             "",
-            "Experts of RxT-Alpha and RxT-Beta Micro are separate tensors. Triton's kernels take stacked ones, so these "
-            "modules run their mixture of experts eagerly in both columns; the engine stacks them once.",
+            "Experts of RxT-Alpha and RxT-Beta Micro are separate tensors. Triton's kernels take stacked ones: modules stack "
+            "them again in every call, the engine once.",
         ]
     return "\n".join(
         [
