@@ -20,8 +20,8 @@ from rxt_model.models import ReactiveTransformer
 pytestmark = needs_triton
 
 
-FORWARD = {"_sqa_fwd_kernel", "_rms_norm_fwd_kernel", "_swiglu_fwd_kernel", "_moe_up_kernel", "_moe_combine_kernel"}
-BACKWARD = {"_sqa_bwd_dq_kernel", "_rms_norm_bwd_kernel", "_swiglu_bwd_kernel", "_weight_gradient_kernel"}
+FORWARD = {"_sqa_decode_kernel", "_rms_norm_fwd_kernel", "_swiglu_fwd_kernel", "_moe_up_kernel", "_moe_combine_kernel"}
+BACKWARD = {"_sqa_bwd_dq_kernel", "_rms_norm_bwd_kernel", "_swiglu_bwd_kernel", "_moe_weight_gradient_kernel"}
 
 
 @pytest.fixture(params=["beta", "beta-3b"])
