@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 
 import hypothesis
@@ -23,6 +24,8 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
 
     del os.environ["TRITON_INTERPRET"]
 
+# A shell lets what it starts in the background ignore Ctrl-C, and Python then leaves it so; the tests of Ctrl-C need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 # The same examples in every run, and no limit per example: a busy machine is no failure.

@@ -335,8 +335,9 @@ def test_memory_gates_learn_at_a_rate_of_their_own(model: RxTAlpha) -> None:
     groups = make_optimizer(model, replace(SHORT, gate_rate=7.0)).param_groups
     assert sorted(group["rate"] for group in groups) == [1.0, 1.0, 7.0]
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
-    gates = model.memory_attention.model.residual_gate_layers
-    assert {id(p) for p in gates.parameters()} == {id(p) for g in groups if g["rate"] == 7.0 for p in g["params"]}
+    memory = model.memory_attention.model
+    gates = [*memory.residual_gate_layers.parameters(), *memory.mean_residual_gate_layers.parameters()]
+    assert {id(p) for p in gates} == {id(p) for g in groups if g["rate"] == 7.0 for p in g["params"]}
 
 
 def test_the_learning_rate_rises_falls_and_follows_the_stage() -> None:
