@@ -11,7 +11,7 @@ help:
 	@echo "make test      the test suite (under 10 minutes on two cores)"
 	@echo "make test-gpu  the tests of kernels and engines on a GPU, where \`make test\` runs them in Triton's interpreter"
 	@echo "make test-aot  compile every kernel for four GPUs, without one, and fail if one is not as it should be"
-	@echo "make test-aot-small  the kernels of one model for one of them; about two minutes"
+	@echo "make test-aot-small  the kernels of one model for one of them"
 	@echo "make lint      ruff and mypy"
 	@echo "make upstream  install the upstream library beside the tests, for the parity tests"
 	@echo "make train     train the shipped model again, into runs/demo"

@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 is set, and interpreted kernels are not compiled; unset it.")
     if options.jobs < 1:
         parser.error(f"argument --jobs: {options.jobs} processes compile nothing; give at least 1.")
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"argument --json: there is no directory {options.json.parent}; make it first.")
     cases = [
         case
         for case in all_cases()

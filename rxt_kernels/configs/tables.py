@@ -216,7 +216,7 @@ def observe_configs() -> Iterator[list[tuple[str, int]]]:
     try:
         yield asked
     finally:
-        _observers.remove(asked)
+        _observers.pop()
 
 
 def _tables(architecture: str, own: str | None) -> Iterator[Table]:
