@@ -432,6 +432,9 @@ def test_arguments_that_cannot_be_met_are_refused() -> None:
     done = run("-m", "rxt_kernels.aot", "--only", "no such model")
     assert done.returncode == 2
     assert "no case and no model has 'no such model' in its name." in done.stderr
+    done = run("-m", "rxt_kernels.aot", "--json", "no such directory/report.json")
+    assert done.returncode == 2
+    assert "there is no directory no such directory; make it first." in done.stderr
     done = run("-m", "rxt_kernels.aot", TRITON_INTERPRET="1")
     assert done.returncode == 2
     assert "TRITON_INTERPRET=1 is set" in done.stderr

@@ -809,7 +809,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             raise ModuleNotFoundError("Training needs chitchat-dataset, which is not installed.")
         if options["steps"] == 14:
             raise KeyboardInterrupt
-        result = types.SimpleNamespace(loss=torch.tensor(2.5), recall={1: (3, 4), 8: (1, 2)}, write_cost=0.0)
+        result = types.SimpleNamespace(loss=torch.tensor(2.5), recall={1: (3, 4), 8: (1, 2)})
         options["on_step"](1, result)
         options["on_step"](2, result)
         return directory

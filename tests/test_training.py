@@ -28,7 +28,7 @@ from rxt_model.training.fact_values import VALUES
 from rxt_model.training.facts import ATTRIBUTES, UNKNOWN_ANSWER, Wording, attribute_named, values_in_answer
 from rxt_model.training.history import history_objective
 from rxt_model.training.loop import make_optimizer, train, training_batch
-from rxt_model.training.memory_aware import episode_loss, initial_memory, unroll_memory, write_cost
+from rxt_model.training.memory_aware import episode_loss, initial_memory, unroll_memory
 from rxt_model.training.recall import (
     RecallReport,
     measure_history_recall,
@@ -331,13 +331,14 @@ def test_shards_of_a_step_have_the_same_turns_and_different_episodes(
     assert len(steps) > 1
 
 
-def test_memory_gates_learn_at_a_rate_of_their_own(model: RxTAlpha) -> None:
-    groups = make_optimizer(model, replace(SHORT, gate_rate=7.0)).param_groups
-    assert sorted(group["rate"] for group in groups) == [1.0, 1.0, 7.0]
+def test_weight_decay_acts_on_matrices_but_not_on_memory_gates(model: RxTAlpha) -> None:
+    groups = make_optimizer(model, SHORT).param_groups
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     memory = model.memory_attention.model
     gates = [*memory.residual_gate_layers.parameters(), *memory.mean_residual_gate_layers.parameters()]
-    assert {id(p) for p in gates} == {id(p) for g in groups if g["rate"] == 7.0 for p in g["params"]}
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    matrices = {id(p) for p in model.parameters() if p.dim() >= 2}
+    assert decayed == matrices - {id(p) for p in gates}
 
 
 def test_the_learning_rate_rises_falls_and_follows_the_stage() -> None:
@@ -386,8 +387,6 @@ def test_checkpoints_that_do_not_belong_are_refused(
         (lambda: Stage(1.0, (2,), 4, 3, emphasis="none"), "emphasis"),
         (lambda: TrainingSettings(checkpoint_every=0), "checkpoint_every"),
         (lambda: TrainingSettings(shards=0), "shards"),
-        (lambda: TrainingSettings(write_cost_weight=-1.0), "write_cost_weight"),
-        (lambda: TrainingSettings(gate_rate=0.0), "gate_rate"),
         (lambda: ShardGradients(torch.nn.Linear(1, 1), _failing_shard, shards=1, workers=0), "workers"),
         (lambda: TrainingSettings(stages=()), "stages"),
         (lambda: Wording("test"), "split"),
@@ -438,17 +437,6 @@ def test_the_whole_recipe_makes_a_model_that_loads(tmp_path: Path) -> None:
     )
     assert seen == [1]
     assert (further / "model.safetensors").is_file()
-
-
-@torch.no_grad()
-def test_write_cost_is_the_share_of_memory_that_changes() -> None:
-    memories = torch.randn(2, 2 * 3, 4, 8)
-    assert float(write_cost(memories, 1)) == 0.0
-    same = memories.unflatten(1, (2, 3))[:, :, :1].expand(-1, -1, 3, -1, -1).flatten(1, 2)
-    assert float(write_cost(same, 3)) < 1e-3
-    half = same.clone()
-    half[:, 1::3, :2] *= -1  # two of four slots turn around, and turn back
-    assert float(write_cost(half, 3)) == pytest.approx(0.5, abs=1e-3)
 
 
 # -- recall -----------------------------------------------------------------------------------------------------------

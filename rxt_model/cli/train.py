@@ -121,6 +121,5 @@ class _Progress:
             self._told = now
             ages = zip(("1 to 3", "4 to 7", "8 and more"), self._right, self._asked, strict=True)
             recall = ", ".join(f"{100 * right / asked:.0f}% at {age}" for age, right, asked in ages if asked)
-            written = f", rewritten {100 * result.write_cost:.0f}%" if result.write_cost else ""
-            tell(f"step {step}: loss {float(result.loss):.3f}, recall {recall or 'not asked'}{written}")
+            tell(f"step {step}: loss {float(result.loss):.3f}, recall {recall or 'not asked'}")
             self._right, self._asked = [0, 0, 0], [0, 0, 0]

@@ -86,20 +86,15 @@ def _is_memory_gate(name: str) -> bool:
 
 
 def make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
-    """AdamW; decay acts on matrices only, and memory gates learn ``settings.gate_rate`` times as fast.
-
-    A gate keeps a fact over N turns only if it opens by less than 1/N for everything else. Its bias has to travel far,
-    which steps of the size that suits a weight matrix would take thousands of updates for.
-    """
+    """AdamW; weight decay acts on matrices only, and on none of a memory gate."""
     named = dict(model.named_parameters())
-    gates = [p for n, p in named.items() if _is_memory_gate(n)]
-    others = [p for n, p in named.items() if not _is_memory_gate(n)]
+    decayed = [p for n, p in named.items() if p.dim() >= 2 and not _is_memory_gate(n)]
+    others = [p for n, p in named.items() if p.dim() < 2 or _is_memory_gate(n)]
     groups = [
-        {"params": [p for p in others if p.dim() >= 2], "weight_decay": settings.weight_decay, "rate": 1.0},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "rate": 1.0},
-        {"params": gates, "weight_decay": 0.0, "rate": settings.gate_rate},
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
 
 
 def _mean_result(results: Sequence[StepResult]) -> StepResult:
@@ -114,7 +109,6 @@ def _mean_result(results: Sequence[StepResult]) -> StepResult:
         sum(result.value_loss for result in results) / len(results),
         sum(result.load_balance_loss for result in results) / len(results),
         dict(sorted(recall.items())),
-        sum(result.write_cost for result in results) / len(results),
     )
 
 
@@ -164,7 +158,7 @@ def train(
         bar = tqdm(range(done, last), initial=done, total=settings.steps, disable=not sys.stderr.isatty(), unit="step")
         for step in bar:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, step) * group["rate"]
+                group["lr"] = learning_rate(settings, step)
             result = _mean_result(gradients(step))
             nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
             optimizer.step()

@@ -24,7 +24,7 @@ from torch.nn import functional
 from .episodes import EpisodeBatch
 from .settings import TrainingSettings
 
-__all__ = ["StepResult", "episode_loss", "initial_memory", "memory_objective", "unroll_memory", "write_cost"]
+__all__ = ["StepResult", "episode_loss", "initial_memory", "memory_objective", "unroll_memory"]
 
 
 class ReactiveModel(Protocol):
@@ -43,7 +43,6 @@ class StepResult:
     value_loss: float
     load_balance_loss: float
     recall: dict[int, tuple[int, int]]
-    write_cost: float = 0.0
 
     def detached(self) -> StepResult:
         """The same numbers without their graph."""
@@ -99,30 +98,6 @@ class AnswerScore:
             loss, self.value_total / max(self.value_count, 1), balance_value,
             {distance: (right, asked) for distance, (right, asked) in sorted(recall.items())},
         )  # fmt: skip
-
-
-def write_cost(memories: Tensor, turns: int) -> Tensor:
-    """How much of its memory a model rewrites per turn: mean over slots of |new - old| / (|new| + |old|).
-
-    A fact that is written into a third of all slots is recalled as well in the next turn as one in three slots, but every
-    further fact then erases a third of memory. Like a group lasso, this cost is lowered by changing fewer slots rather than
-    all of them less.
-
-    Args:
-        memories: the memory before every turn, (L, B * N, S, D).
-        turns: turns N of an episode.
-
-    Returns:
-        A scalar from 0 to 1; 0 for episodes of one turn.
-    """
-    if turns < 2:
-        return memories.new_zeros(())
-    memories = memories.unflatten(1, (-1, turns))
-    old, new = memories[:, :, :-1], memories[:, :, 1:]
-    size = old.detach().norm(dim=-1) + new.detach().norm(dim=-1)
-    # The root of a sum of squares has no gradient at zero, where slots should end up.
-    change = ((new - old).square().sum(-1) + 1e-8).sqrt()
-    return (change / (size + 1e-8)).mean()
 
 
 def _length_sorted(rows: Tensor, lengths: Tensor, chunk: int) -> Iterator[tuple[Tensor, int]]:
@@ -182,7 +157,6 @@ def episode_loss(
     *,
     rows: Tensor | None = None,
     load_balance_weight: float = 0.01,
-    write_cost_weight: float = 0.0,
     chunk: int = 96,
     reset: Callable[[int], Tensor] | None = None,
 ) -> StepResult:
@@ -194,7 +168,6 @@ def episode_loss(
         memory: initial memory, (L, B, S, D).
         rows: rows that the decoder answers; None takes all.
         load_balance_weight: weight of the experts' load-balance loss.
-        write_cost_weight: weight of :func:`write_cost`.
         chunk: rows per decoder call.
         reset: see :func:`unroll_memory`.
     """
@@ -213,11 +186,7 @@ def episode_loss(
         chosen = batch.weights[part, 1:length] > 0
         row, column = torch.nonzero(chosen, as_tuple=True)
         score.add(model.decoder.logits(states.hidden[:, :-1][chosen]), part[row], column + 1)
-    result = score.result(balance, load_balance_weight)
-    if not write_cost_weight:
-        return result
-    cost = write_cost(memories, batch.steps)
-    return replace(result, loss=result.loss + write_cost_weight * cost, write_cost=float(cost.detach()))
+    return score.result(balance, load_balance_weight)
 
 
 def memory_objective(
@@ -231,5 +200,4 @@ def memory_objective(
         memory,
         rows=rows,
         load_balance_weight=settings.load_balance_weight,
-        write_cost_weight=settings.write_cost_weight,
     )

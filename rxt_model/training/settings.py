@@ -65,10 +65,8 @@ class TrainingSettings:
         final_learning_rate: what remains of the peak at the end.
         warmup_steps: steps in which the rate rises to its peak.
         weight_decay: of matrices; memory gates, norms and biases have none.
-        gate_rate: factor on the learning rate of memory gates.
         clip_norm: largest norm of a gradient.
         load_balance_weight: weight of the experts' load-balance loss.
-        write_cost_weight: weight of the share of memory that a turn rewrites.
         probes: further questions asked of every episode's last memory: cheap, because they are only decoded, and they ask
             for facts of every age.
         token_limit: most tokens of a turn.
@@ -86,10 +84,8 @@ class TrainingSettings:
     final_learning_rate: float = 0.05
     warmup_steps: int = 60
     weight_decay: float = 0.02
-    gate_rate: float = 1.0
     clip_norm: float = 1.0
     load_balance_weight: float = 0.01
-    write_cost_weight: float = 0.0
     probes: int = 3
     token_limit: int = 56
     shards: int = 2
@@ -101,10 +97,6 @@ class TrainingSettings:
             raise ValueError(f"steps must be at least 1; it was {self.steps}.")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive; it was {self.learning_rate}.")
-        if not self.gate_rate > 0:
-            raise ValueError(f"gate_rate must be positive; it was {self.gate_rate}.")
-        if self.write_cost_weight < 0:
-            raise ValueError(f"write_cost_weight must be at least 0; it was {self.write_cost_weight}.")
         if self.shards < 1:
             raise ValueError(f"shards must be at least 1; it was {self.shards}.")
         if self.probes < 0:
