@@ -409,6 +409,19 @@ def test_answers_of_recorded_steps_are_those_of_the_modules(monkeypatch: pytest.
     assert talk(model, "auto", turns=2) == true
 
 
+def test_a_model_that_could_be_trained_is_decoded_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Careful(RecordedEngine):
+        @staticmethod
+        def supports(weights: DecoderWeights) -> str | None:
+            return "gradients are being recorded." if torch.is_grad_enabled() else None
+
+    monkeypatch.setitem(ENGINES, "cuda_graph", Careful)
+    model = make("dense", DEVICE)
+    assert torch.is_grad_enabled()
+    assert model.decoder.model.embedding.weight.requires_grad
+    assert choose_engine(model.decoder).engine == "cuda_graph"
+
+
 @needs_triton
 def test_batched_answers_with_rows_that_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENGINES, "cuda_graph", RecordedEngine)

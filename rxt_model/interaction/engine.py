@@ -176,6 +176,7 @@ def _keep(decoder: RxTDecoder) -> _Kept:
     return kept
 
 
+@no_gradients()  # as answers are: an engine that records no gradients is no worse for a model that could be trained
 def choose_engine(decoder: RxTDecoder, wanted: str = "auto") -> DecodingChoice:
     """How this decoder is decoded.
 
