@@ -25,7 +25,16 @@ import torch
 
 from rxt_kernels import triton_runtime
 
-__all__ = ["BACKENDS", "Backend", "Operation", "available_backends", "explain", "operations", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Operation",
+    "available_backends",
+    "explain",
+    "operations",
+    "preferred_backend",
+    "use_backend",
+]
 
 BACKENDS: tuple[str, ...] = ("reference", "triton", "native")
 """Every backend name that is known; the order says nothing about preference."""
@@ -168,6 +177,17 @@ def _absent(operation: str, backend: str) -> str:
         f"backend={backend!r} was asked for, but this build has no {backend} backend for {operation}; use "
         "backend='auto' or 'reference', and see why it is missing with `python -m rxt_kernels.info`."
     )
+
+
+def preferred_backend() -> str:
+    """What ``backend="auto"`` prefers here: the name that the block around gave to :func:`use_backend`, or "auto".
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     preferred_backend()
+        'reference'
+    """
+    return _preference.backend
 
 
 @contextmanager

@@ -223,6 +223,8 @@ def test_arguments_are_refused_in_a_sentence() -> None:
         engine.prefill(tokens, [3, 4])
     with refusal(TypeError, "tokens", "int32"):
         engine.prefill(tokens.int(), [3, 2])
+    with refusal(TypeError, "tokens", "int64"):
+        engine.prefill([[1, 2, 3], [1, 2, 3]], [3, 2])  # type: ignore[arg-type]
     engine.prefill(tokens, [3, 2])
     with refusal(ValueError, "tokens", "(3,)"):
         engine.step(torch.tensor([1, 2, 3], device=DEVICE))
@@ -302,6 +304,10 @@ def test_reasons_on_a_gpu() -> None:
     mode, model = FakeTensorMode(), make("beta")
     weights = on_fake_gpu(decoder_weights(model.decoder), mode)
     assert supports("cuda_graph", weights) is None
+    with use_backend("reference"):
+        assert "'reference' is preferred in this block" in str(supports("cuda_graph", weights))
+    with use_backend("triton"):
+        assert supports("cuda_graph", weights) is None
     with mode:
         learning = weights._replace(embedding=torch.empty_like(weights.embedding).requires_grad_())
         assert "gradients are being recorded" in str(supports("cuda_graph", learning))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rxt_kernels.decode.engine import EagerEngine
 from rxt_kernels.decode.weights import DecoderWeights, ExpertWeights
-from rxt_kernels.dispatch import explain, operations
+from rxt_kernels.dispatch import explain, operations, preferred_backend
 
 __all__ = ["Capture", "CudaGraphEngine", "capture_cuda_graph"]
 
@@ -85,6 +85,8 @@ class CudaGraphEngine(EagerEngine):
             return (
                 "gradients are being recorded, and a graph that is repeated records none; decode under torch.no_grad()."
             )
+        if preferred_backend() not in ("auto", "triton"):
+            return f"{preferred_backend()!r} is preferred in this block, and a graph repeats the kernels it was recorded with."
         return _waits_for_the_host(weights)
 
     def _buffers_moved(self) -> None:

@@ -217,7 +217,7 @@ class EagerEngine:
             TypeError, ValueError: tokens or lengths that do not fit, no memory, or more tokens than the limit.
         """
         self._check_memory()
-        self._check_tokens(tokens, (self.rows, tokens.shape[-1] if tokens.dim() else 0))
+        self._check_tokens(tokens, (self.rows, None))
         if len(lengths) != self.rows or min(lengths) < 1 or max(lengths) > tokens.shape[1]:
             refuse_value("lengths", list(lengths), f"{self.rows} numbers from 1 to {tokens.shape[1]}")
         time = tokens.shape[1]
@@ -264,10 +264,12 @@ class EagerEngine:
         self._lengths_on_host = grown
         return found
 
-    def _check_tokens(self, tokens: Tensor, shape: tuple[int, ...]) -> None:
+    def _check_tokens(self, tokens: Tensor, shape: tuple[int | None, ...]) -> None:
+        """Require int64 tokens of this shape on the device of the weights; None stands for any size."""
         if not isinstance(tokens, Tensor) or tokens.dtype is not torch.int64:
             refuse_type("tokens", tokens, "an int64 tensor of token ids")
-        if tokens.shape != shape or not tokens.numel():
+        fits = len(tokens.shape) == len(shape) and all(b in (None, a) for a, b in zip(tokens.shape, shape, strict=True))
+        if not fits or not tokens.numel():
             refuse_shape("tokens", tokens, f"({self.rows},) in a step, ({self.rows}, T) in a prefill")
         if tokens.device != self._tokens.device:
             refuse_device("tokens", tokens, "the weights", self._tokens)
