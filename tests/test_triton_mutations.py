@@ -54,7 +54,7 @@ MUTATIONS = {
         lambda: attention(4, 2),
     ),
     "query heads in blocks instead of tiled": Mutation(
-        f"{ATTENTION}.triton_forward", "_sqa_fwd_kernel", "(head % QUERY_HEADS)", "(head // (HEADS // QUERY_HEADS))",
+        f"{ATTENTION}.triton_forward", "_sqa_fwd_kernel", "head % QUERY_HEADS", "head // (HEADS // QUERY_HEADS)",
         lambda: attention(2, 4),
     ),
     "key mask forgotten": Mutation(

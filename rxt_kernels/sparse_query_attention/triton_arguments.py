@@ -106,6 +106,10 @@ class AttentionArguments:
             lengths, length_stride = self.key_lengths, self.key_lengths.stride(0)
         return mask, *mask_strides, lengths, length_stride
 
+    def heads_adjacent(self, *tensors: Tensor) -> bool:
+        """Whether heads stand side by side in all of these, as projections leave them."""
+        return all(tensor.stride(2) == self.head_dim for tensor in tensors)
+
     @property
     def switches(self) -> dict[str, Any]:
         """What is compiled into every kernel: the shape of a model's heads, and what is read."""
@@ -114,6 +118,7 @@ class AttentionArguments:
             "QUERY_HEADS": self.query_heads,
             "KEY_HEADS": self.key_heads,
             "HEAD_DIM": self.head_dim,
+            "HEADS_ADJACENT": self.heads_adjacent(self.query, self.key, self.value),
             "CAUSAL": self.causal and self.query_time > 1,  # a single query is the newest token and sees every key
             "HAS_MASK": self.key_mask is not None,
             "HAS_LENGTHS": self.key_lengths is not None,

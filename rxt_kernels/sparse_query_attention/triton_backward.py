@@ -25,6 +25,7 @@ from rxt_kernels.rotary.triton import angle_sines, rotary_triton, unrotate
 from rxt_kernels.sparse_query_attention.triton_arguments import AttentionArguments
 from rxt_kernels.sparse_query_attention.triton_tiles import (
     head_columns,
+    head_offset,
     load_tile,
     moved,
     number_of_keys,
@@ -78,7 +79,7 @@ def _sqa_bwd_dq_kernel(
     angles, angle_batch_stride, angle_time_stride, angle_stride,
     mask, mask_batch_stride, mask_stride, lengths, length_stride,
     HEADS: tl.constexpr, QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HEADS_ADJACENT: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     ROTATED: tl.constexpr, SPLIT_LAYOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +92,7 @@ def _sqa_bwd_dq_kernel(
     rotated_column, rotated_columns = head_columns(HEAD_DIM, BLOCK_D, SPLIT_LAYOUT)
     column, columns = head_columns(HEAD_DIM, BLOCK_D, False)
     first_rows = tl.arange(0, BLOCK_N)
-    query += batch * query_batch_stride + query_head * query_head_stride
+    query += batch * query_batch_stride + head_offset(query_head, query_head_stride, HEAD_DIM, HEADS_ADJACENT)
     mask += batch * mask_batch_stride
     q = load_tile(
         tile_pointers(query, row, query_time_stride, rotated_column, query_stride), rows_inside, rotated_columns, True
@@ -107,7 +108,7 @@ def _sqa_bwd_dq_kernel(
         key_head = head // (HEADS // KEY_HEADS)
         do = load_tile(
             tile_pointers(
-                gradient + batch * gradient_batch_stride + head * gradient_head_stride,
+                gradient + batch * gradient_batch_stride + head_offset(head, gradient_head_stride, HEAD_DIM, HEADS_ADJACENT),
                 row, gradient_time_stride, column, gradient_stride,
             ), rows_inside, columns, True,
         )  # fmt: skip
@@ -118,11 +119,11 @@ def _sqa_bwd_dq_kernel(
         tl.store(delta + place, d, mask=rows_inside)
         logarithm = tl.load(log_sum + place, mask=rows_inside, other=float("inf"))
         keys = tile_pointers(
-            key + batch * key_batch_stride + key_head * key_head_stride,
+            key + batch * key_batch_stride + head_offset(key_head, key_head_stride, HEAD_DIM, HEADS_ADJACENT),
             first_rows, key_time_stride, rotated_column, key_stride,
         )  # fmt: skip
         values = tile_pointers(
-            value + batch * value_batch_stride + key_head * value_head_stride,
+            value + batch * value_batch_stride + head_offset(key_head, value_head_stride, HEAD_DIM, HEADS_ADJACENT),
             first_rows, value_time_stride, column, value_stride,
         )  # fmt: skip
         dq = _add_to_query(
@@ -177,7 +178,7 @@ def _sqa_bwd_dkdv_kernel(
     gradient_batch_stride, gradient_time_stride, gradient_head_stride, gradient_stride,
     mask, mask_batch_stride, mask_stride, lengths, length_stride,
     HEADS: tl.constexpr, QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HEADS_ADJACENT: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     batch = (tl.program_id(0) // KEY_HEADS).to(tl.int64)
@@ -187,8 +188,8 @@ def _sqa_bwd_dkdv_kernel(
     column, columns = head_columns(HEAD_DIM, BLOCK_D, False)
     first_rows = tl.arange(0, BLOCK_M)
     query += batch * query_batch_stride
-    key += batch * key_batch_stride + key_head * key_head_stride
-    value += batch * value_batch_stride + key_head * value_head_stride
+    key += batch * key_batch_stride + head_offset(key_head, key_head_stride, HEAD_DIM, HEADS_ADJACENT)
+    value += batch * value_batch_stride + head_offset(key_head, value_head_stride, HEAD_DIM, HEADS_ADJACENT)
     gradient += batch * gradient_batch_stride
     mask += batch * mask_batch_stride
 
@@ -210,10 +211,18 @@ def _sqa_bwd_dkdv_kernel(
     for shared in range(HEADS // KEY_HEADS):
         head = key_head * (HEADS // KEY_HEADS) + shared
         queries = tile_pointers(
-            query + (head % QUERY_HEADS) * query_head_stride, first_rows, query_time_stride, column, query_stride
+            query + head_offset(head % QUERY_HEADS, query_head_stride, HEAD_DIM, HEADS_ADJACENT),
+            first_rows,
+            query_time_stride,
+            column,
+            query_stride,
         )
         gradients = tile_pointers(
-            gradient + head * gradient_head_stride, first_rows, gradient_time_stride, column, gradient_stride
+            gradient + head_offset(head, gradient_head_stride, HEAD_DIM, HEADS_ADJACENT),
+            first_rows,
+            gradient_time_stride,
+            column,
+            gradient_stride,
         )
         place = (batch * HEADS + head) * query_time
         dk, dv = _add_to_keys(
@@ -248,18 +257,20 @@ def attention_backward(
     batch, query_time, key_time = arguments.batch, arguments.query_time, arguments.key_time
     sizes = query_time, key_time, arguments.scale, arguments.scale_log2
 
+    switches = arguments.switches | {"HEADS_ADJACENT": arguments.heads_adjacent(query, key, value, gradient)}
+
     config = block_config("sqa_bwd_dq", query, arguments.head_dim)
     launch(
         _sqa_bwd_dq_kernel, (batch * arguments.query_heads, triton.cdiv(query_time, config["BLOCK_M"])),
         query, key, value, out, gradient, log_sum, delta, gradients[0], *sizes,
         *rotated.strides, *gradient.stride(), *arguments.angles, *arguments.visibility,
         ROTATED=arguments.query_angles is not None, SPLIT_LAYOUT=arguments.split_layout,
-        **arguments.switches, **config, on=query,
+        **switches, **config, on=query,
     )  # fmt: skip
     config = block_config("sqa_bwd_dkdv", query, arguments.head_dim)
     launch(
         _sqa_bwd_dkdv_kernel, (batch * arguments.key_heads, triton.cdiv(key_time, config["BLOCK_N"])),
         query, key, value, gradient, log_sum, delta, gradients[1], gradients[2], *sizes,
-        *rotated.strides, *gradient.stride(), *arguments.visibility, **arguments.switches, **config, on=query,
+        *rotated.strides, *gradient.stride(), *arguments.visibility, **switches, **config, on=query,
     )  # fmt: skip
     return gradients[0], gradients[1], gradients[2]

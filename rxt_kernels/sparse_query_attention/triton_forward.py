@@ -18,6 +18,7 @@ from rxt_kernels.sparse_query_attention.triton_arguments import AttentionArgumen
 from rxt_kernels.sparse_query_attention.triton_tiles import (
     fold,
     head_columns,
+    head_offset,
     load_queries,
     load_tile,
     moved,
@@ -56,7 +57,7 @@ def _sqa_fwd_kernel(
     angles, angle_batch_stride, angle_time_stride, angle_stride,
     mask, mask_batch_stride, mask_stride, lengths, length_stride,
     HEADS: tl.constexpr, QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HEADS_ADJACENT: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     ROTATED: tl.constexpr, SPLIT_LAYOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +69,7 @@ def _sqa_fwd_kernel(
     row = start + tl.arange(0, BLOCK_M)
     rows_inside = row < query_time
     q = load_queries(
-        query + batch * query_batch_stride + (head % QUERY_HEADS) * query_head_stride,
+        query + batch * query_batch_stride + head_offset(head % QUERY_HEADS, query_head_stride, HEAD_DIM, HEADS_ADJACENT),
         row.to(tl.int64) * query_time_stride, query_stride, rows_inside,
         angles + batch * angle_batch_stride, row.to(tl.int64) * angle_time_stride, angle_stride,
         HEAD_DIM, ROTATED, SPLIT_LAYOUT, BLOCK_D,
@@ -76,8 +77,8 @@ def _sqa_fwd_kernel(
     key_column, key_columns = head_columns(HEAD_DIM, BLOCK_D, SPLIT_LAYOUT)
     column, columns = head_columns(HEAD_DIM, BLOCK_D, False)
     first_rows = tl.arange(0, BLOCK_N)
-    key += batch * key_batch_stride + key_head * key_head_stride
-    value += batch * value_batch_stride + key_head * value_head_stride
+    key += batch * key_batch_stride + head_offset(key_head, key_head_stride, HEAD_DIM, HEADS_ADJACENT)
+    value += batch * value_batch_stride + head_offset(key_head, value_head_stride, HEAD_DIM, HEADS_ADJACENT)
     mask += batch * mask_batch_stride
     keys = tile_pointers(key, first_rows, key_time_stride, key_column, key_stride)
     values = tile_pointers(value, first_rows, value_time_stride, column, value_stride)

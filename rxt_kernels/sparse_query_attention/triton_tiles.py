@@ -28,6 +28,15 @@ def head_columns(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT_LAYOUT: tl
 
 
 @triton.jit
+def head_offset(head, head_stride, HEAD_DIM: tl.constexpr, ADJACENT: tl.constexpr):
+    """Where a head begins. As a product with a constant, it lets the compiler see that heads of 24 values begin at
+    multiples of 128 bits; of a stride that is no multiple of 16 it assumes nothing."""
+    if ADJACENT:
+        return head * HEAD_DIM
+    return head * head_stride
+
+
+@triton.jit
 def tile_pointers(pointer, row, row_stride, column, column_stride):
     """(rows, columns) pointers."""
     return pointer + (row.to(tl.int64) * row_stride)[:, None] + (column * column_stride)[None, :]
