@@ -113,14 +113,14 @@ DEMO_PHASES = (
     ),
     Phase(
         TrainingSettings(
-            steps=500,
-            learning_rate=6e-4,
+            steps=2400,
+            learning_rate=5e-4,
             final_learning_rate=0.02,
-            warmup_steps=20,
+            warmup_steps=40,
             stages=(
                 Stage(
-                    1.00, (4, 8, 12, 18), 216, 12,
-                    statement_rows=0.6, chat_rows=0.4, emphasis="answers", mistakes=0.35,
+                    1.00, (4, 8, 12, 18), 216, 13,
+                    statement_rows=0.6, chat_rows=0.4, emphasis="answers", mistakes=0.35, changes=0.45,
                 ),
             ),
         ),

@@ -86,8 +86,11 @@ class EpisodeWriter:
         """The writer for ``"train"`` or ``"held_out"``."""
         return cls(Wording(split), dialogue.train if split == "train" else dialogue.held_out)
 
-    def episode(self, rng: random.Random, turns: int, *, max_facts: int = 12) -> list[Turn]:
-        """A training episode: statements, changes, questions and chat in random proportions, ending in a question."""
+    def episode(self, rng: random.Random, turns: int, *, max_facts: int = 12, changes: float = 0.25) -> list[Turn]:
+        """A training episode: statements, changes, questions and chat in random proportions, ending in a question.
+
+        ``changes`` is the share of statements that change what is known instead of telling something new.
+        """
         if turns < 2:
             raise ValueError(f"turns must be at least 2, one to tell and one to ask; it was {turns}.")
         state = _State()
@@ -109,7 +112,7 @@ class EpisodeWriter:
                 )
             elif draw < curiosity + (1.0 - curiosity) * chattiness:
                 written.append(self.chat(rng))
-            elif rng.random() < 0.25 or len(state.known) >= max_facts:
+            elif rng.random() < changes or len(state.known) >= max_facts:
                 written.append(self._update(rng, state, index))
             else:
                 written.append(self._tell(rng, state, index, max_facts))

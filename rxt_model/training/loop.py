@@ -39,7 +39,7 @@ def training_batch(
     turns = random.Random(f"{settings.seed}/{step}/turns").choice(stage.turns)
     rng = random.Random(f"{settings.seed}/{step}/{shard}/episodes")
     count = max(1, stage.rows // settings.shards // turns)
-    episodes = [writer.episode(rng, turns, max_facts=stage.max_facts) for _ in range(count)]
+    episodes = [writer.episode(rng, turns, max_facts=stage.max_facts, changes=stage.changes) for _ in range(count)]
     probes = [
         (index, probe)
         for index, episode in enumerate(episodes)

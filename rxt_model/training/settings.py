@@ -25,6 +25,7 @@ class Stage:
         mistakes: share of answers that memory hears wrong. A model that talks hears its own mistakes; it must remember
             what the user said, not what it made of it.
         rate: factor on the learning rate. Long episodes want a smaller one: their gradients pass through many updates.
+        changes: share of statements that change a known fact instead of telling a new one.
     """
 
     until: float
@@ -36,9 +37,10 @@ class Stage:
     emphasis: str = "facts"
     mistakes: float = 0.0
     rate: float = 1.0
+    changes: float = 0.25
 
     def __post_init__(self) -> None:
-        for name in ("statement_rows", "chat_rows", "mistakes"):
+        for name in ("statement_rows", "chat_rows", "mistakes", "changes"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must lie between 0 and 1; it was {getattr(self, name)}.")
         if self.emphasis not in EMPHASES:
