@@ -4,10 +4,11 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-aot test-aot-small test-gpu lint format upstream train scaling clean
+.PHONY: help demo native test test-aot test-aot-small test-gpu lint format upstream train scaling clean
 
 help:
 	@echo "make demo      talk to the shipped model and measure scaling (under 3 minutes after downloads)"
+	@echo "make native    build the native CPU kernels again after a change in csrc/"
 	@echo "make test      the test suite (under 10 minutes on two cores)"
 	@echo "make test-gpu  the tests of kernels and engines on a GPU, where \`make test\` runs them in Triton's interpreter"
 	@echo "make test-aot  compile every kernel for four GPUs, without one, and fail if one is not as it should be"
@@ -17,13 +18,16 @@ help:
 	@echo "make train     train the shipped model again, into runs/demo"
 	@echo "make scaling   measure the scaling figures of the README again"
 
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	@touch $(READY)
 
 demo: $(READY)
 	$(RUN)/rxt demo
+
+native: $(READY)
+	$(RUN)/python setup.py --quiet build_ext --inplace
 
 test: $(READY)
 	$(RUN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -1,13 +1,147 @@
-"""Build of rxt-kernels: pure Python today; the native CPU extension will be built here.
+"""Build of rxt-kernels: two Python packages, and the native CPU extension from ``csrc/``.
+
+The extension is built by ninja, every kernel once per instruction set. It is optional: without a compiler, or when the build
+fails, the installation succeeds without it, and ``rxt_kernels/_native_build.txt`` says why (``rxt doctor`` shows it).
 
 The benchmark suite lives in ``benchmarks/`` and is installed as ``rxt_benchmarks``, so that ``rxt bench`` finds it without
 taking a general name in site-packages.
+
+Environment: ``RXT_NATIVE_SETS`` limits the instruction sets, ``RXT_NATIVE_SANITIZE`` (``address,undefined``) builds with
+sanitizers, ``CXX`` names the compiler.
 """
 
-from setuptools import find_packages, setup
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = ROOT / "csrc"
+FLAGS = {
+    "portable": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
+    "avx512_bf16": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16 "
+    "-mprefer-vector-width=512",
+}
+"""Compiler flags of every instruction set, in rising order."""
+
+
+class BuildError(Exception):
+    """The extension cannot be built; the message says why."""
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets to build for."""
+    known = list(FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["portable"]
+    wanted = [name for name in os.environ.get("RXT_NATIVE_SETS", "").split(",") if name] or known
+    if unknown := [name for name in wanted if name not in known]:
+        raise BuildError(
+            f"RXT_NATIVE_SETS names {', '.join(unknown)}; this machine's compiler builds {', '.join(known)}."
+        )
+    return [name for name in known if name in wanted]
+
+
+def compiler() -> str:
+    """A C++ compiler."""
+    for candidate in [os.environ.get("CXX"), "g++", "clang++", "c++"]:
+        if candidate and shutil.which(candidate):
+            return candidate
+    raise BuildError("no C++ compiler was found (g++, clang++ or c++; the environment variable CXX may name another).")
+
+
+def ninja_file(target: Path) -> str:
+    """What ninja is to do: kernels once per instruction set, everything else once."""
+    import pybind11
+
+    sets = instruction_sets()
+    sanitize = os.environ.get("RXT_NATIVE_SANITIZE", "")
+    flags = ["-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+    flags += ["-O1", "-g", f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else ["-O3", "-DNDEBUG"]
+    flags += [f"-I{SOURCES}", *(f"-DRXT_BUILD_{name}" for name in sets)]
+    python = [f"-isystem {sysconfig.get_path('include')}", f"-isystem {pybind11.get_include()}"]
+    link = ["-shared", "-fopenmp", *([f"-fsanitize={sanitize}"] if sanitize else [])]
+    lines = [
+        f"cxx = {compiler()}",
+        f"flags = {' '.join(flags)}",
+        "rule compile",
+        "  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx {' '.join(link)} $in -o $out",
+    ]
+    objects = []
+
+    def compile_once(source: Path, folder: str, more: str) -> None:
+        objects.append(f"{folder}/{source.relative_to(SOURCES).with_suffix('.o')}")
+        lines.extend([f"build {objects[-1]}: compile {source}", f"  more = {more}"])
+
+    once = [SOURCES / "bindings.cpp", *sorted(SOURCES.glob("core/*.cpp")), *sorted(SOURCES.glob("*/bindings.cpp"))]
+    kernels = sorted(set(SOURCES.glob("*/*.cpp")) - set(once))
+    for source in once:
+        compile_once(source, "once", " ".join(python))
+    # Lowest first: where the linker finds one function several times, it keeps the first.
+    for name in sets:
+        for source in kernels:
+            compile_once(source, name, f"{FLAGS[name]} -DRXT_INSTRUCTION_SET={name}")
+    lines.append(f"build {target}: link {' '.join(objects)}")
+    return "\n".join([*lines, ""])
+
+
+class NinjaBuild(build_ext):
+    """Builds the extension with ninja, and leaves a reason where that fails."""
+
+    def build_extension(self, extension: Extension) -> None:
+        """Build ``rxt_kernels._native``."""
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source_folder = Path(self.get_finalized_command("build_py").get_package_dir("rxt_kernels")).resolve()
+        reports = {folder / "_native_build.txt" for folder in (target.parent, source_folder)}
+        try:
+            report = self._run_ninja(target)
+        except BuildError as error:
+            report = str(error)
+            target.unlink(missing_ok=True)
+            print(f"rxt-kernels: installed without its native CPU kernels: {report}")
+        for path in reports:
+            path.write_text(report + "\n", encoding="utf-8")
+
+    def _run_ninja(self, target: Path) -> str:
+        try:
+            import ninja
+            import pybind11  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise BuildError(f"the Python package {error.name} is needed to build and is not installed.") from error
+        sanitized = "-sanitized" if os.environ.get("RXT_NATIVE_SANITIZE") else ""
+        folder = ROOT / "build" / f"native{sanitized}"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = ninja_file(target)
+        plan = folder / "build.ninja"
+        if not plan.exists() or plan.read_text(encoding="utf-8") != text:
+            plan.write_text(text, encoding="utf-8")
+        program = Path(ninja.BIN_DIR) / "ninja"
+        done = subprocess.run(
+            [str(program), "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+        if done.returncode:
+            print(done.stdout)
+            failed = [line for line in done.stdout.splitlines() if "error" in line.lower()]
+            raise BuildError("the compiler refused: " + (failed[0] if failed else done.stdout.strip()[-300:]))
+        return "built"
+
 
 library = find_packages(include=["rxt_kernels", "rxt_kernels.*", "rxt_model", "rxt_model.*"])
 setup(
     packages=[*library, "rxt_benchmarks"],
     package_dir={"rxt_benchmarks": "benchmarks"},
+    ext_modules=[Extension("rxt_kernels._native", sources=[], optional=True)],
+    cmdclass={"build_ext": NinjaBuild},
 )

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rxt_kernels import triton_runtime
+from rxt_kernels import native_runtime, triton_runtime
 
 __all__ = [
     "BACKENDS",
@@ -173,6 +173,8 @@ class Operation:
 def _absent(operation: str, backend: str) -> str:
     if backend == "triton" and (reason := triton_runtime.unavailable()) is not None:
         return f"backend='triton' was asked for {operation}, but cannot run here: {reason}"
+    if backend == "native" and (reason := native_runtime.unavailable()) is not None:
+        return f"backend='native' was asked for {operation}, but cannot run here: {reason}"
     return (
         f"backend={backend!r} was asked for, but this build has no {backend} backend for {operation}; use "
         "backend='auto' or 'reference', and see why it is missing with `python -m rxt_kernels.info`."
@@ -261,6 +263,8 @@ def explain(operation: str, backend: str) -> str:
     if backend in available_backends(found.name):
         return "Registered; a call that it cannot take is refused with the reason."
     if backend == "triton" and (reason := triton_runtime.unavailable()) is not None:
+        return reason
+    if backend == "native" and (reason := native_runtime.unavailable()) is not None:
         return reason
     return f"This build has no {backend} backend here: nothing was registered when the package was imported."
 

@@ -24,6 +24,8 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
 
     del os.environ["TRITON_INTERPRET"]
 
+from rxt_kernels import native_runtime
+
 # A shell lets what it starts in the background ignore Ctrl-C, and Python then leaves it so; the tests of Ctrl-C need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -43,3 +45,12 @@ def _fixed_seed_and_poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(params=native_runtime.instruction_sets() or ("none",))
+def every_instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test of native kernels once for each instruction set that this machine has."""
+    if request.param == "none":
+        pytest.skip(native_runtime.unavailable() or "")
+    with native_runtime.use_instruction_set(request.param):
+        yield request.param

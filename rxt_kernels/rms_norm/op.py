@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rxt_kernels import native_runtime, triton_runtime
 from rxt_kernels.checks import alike, floating, refuse_shape, refuse_value
 from rxt_kernels.dispatch import Operation
 from rxt_kernels.rms_norm.reference import add_rms_norm_reference, rms_norm_reference
-from rxt_kernels.triton_runtime import available
 
 _RMS_NORM = Operation("rms_norm", rms_norm_reference)
 _ADD_RMS_NORM = Operation("add_rms_norm", add_rms_norm_reference)
 
-if available():
+if triton_runtime.available():
     from rxt_kernels.rms_norm import triton
 
     _RMS_NORM.register("triton", triton.rms_norm_triton, triton.supports, devices=("cuda",))
     _ADD_RMS_NORM.register("triton", triton.add_rms_norm_triton, triton.supports_sum, devices=("cuda",))
+
+if native_runtime.available():
+    from rxt_kernels.rms_norm import native
+
+    _RMS_NORM.register("native", native.rms_norm_native, native.supports, devices=("cpu",))
+    _ADD_RMS_NORM.register("native", native.add_rms_norm_native, native.supports_sum, devices=("cpu",))
 
 
 def _check(x: Tensor, weight: Tensor, eps: float | None) -> None:

@@ -1,0 +1,26 @@
+// The extension module rxt_kernels._native: every room binds its own functions.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "core/instruction_set.h"
+
+namespace py = pybind11;
+
+namespace rxt {
+
+void bind_rms_norm(py::module_&);
+
+}  // namespace rxt
+
+PYBIND11_MODULE(_native, module) {
+    module.doc() = "CPU kernels of rxt_kernels; use them through the public operations, which check and dispatch.";
+    module.def("instruction_sets", [] {
+        std::vector<std::string> names;
+        for (auto set : rxt::usable_instruction_sets()) names.emplace_back(rxt::name(set));
+        return names;
+    });
+    module.def("instruction_set", [] { return rxt::name(rxt::current_instruction_set()); });
+    module.def("use_instruction_set", &rxt::use_instruction_set, py::arg("name"));
+    rxt::bind_rms_norm(module);
+}
