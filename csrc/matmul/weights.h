@@ -1,0 +1,71 @@
+// Packed weights as vectors of fp32: what differs between the types of weights and the instruction sets.
+#pragma once
+
+#include "matmul/panels.h"
+#include "simd/vector.h"
+
+namespace rxt::RXT_INSTRUCTION_SET {
+
+constexpr int vectors_per_panel = static_cast<int>(panel_width) / Float::lanes;
+
+// Inputs that are unpacked at once: two where a pair shares its memory.
+template <class Weight>
+constexpr int inputs_per_step = sizeof(Weight) == 2 ? 2 : 1;
+
+// The weights of one step and all outputs of a panel. `at` points to panel_width * inputs_per_step elements.
+inline void load_step(const float* at, Float (*w)[vectors_per_panel]) {
+    for (int v = 0; v < vectors_per_panel; ++v) w[0][v] = load(at + v * Float::lanes);
+}
+
+#if RXT_SET_NUMBER(RXT_INSTRUCTION_SET) == RXT_SET_portable
+
+inline void load_step(const int8_t* at, Float (*w)[vectors_per_panel]) {
+    for (int v = 0; v < vectors_per_panel; ++v) {
+        for (int lane = 0; lane < Float::lanes; ++lane) w[0][v].value[lane] = at[v * Float::lanes + lane];
+    }
+}
+
+inline void load_step(const BFloat16* at, Float (*w)[vectors_per_panel]) {
+    for (int v = 0; v < vectors_per_panel; ++v) {
+        for (int lane = 0; lane < Float::lanes; ++lane) {
+            w[0][v].value[lane] = to_float(at[2 * (v * Float::lanes + lane)]);
+            w[1][v].value[lane] = to_float(at[2 * (v * Float::lanes + lane) + 1]);
+        }
+    }
+}
+
+#elif RXT_SET_NUMBER(RXT_INSTRUCTION_SET) == RXT_SET_avx2
+
+inline void load_step(const int8_t* at, Float (*w)[vectors_per_panel]) {
+    for (int v = 0; v < vectors_per_panel; ++v) {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + v * Float::lanes));
+        w[0][v] = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
+    }
+}
+
+// A pair is one 32-bit word: the even input in its lower half, the odd one in its upper half, where a float32 has its own.
+inline void load_step(const BFloat16* at, Float (*w)[vectors_per_panel]) {
+    for (int v = 0; v < vectors_per_panel; ++v) {
+        const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 2 * v * Float::lanes));
+        w[0][v] = {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))};
+        w[1][v] = {_mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+    }
+}
+
+#else
+
+inline void load_step(const int8_t* at, Float (*w)[vectors_per_panel]) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    w[0][0] = {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
+
+// A pair is one 32-bit word: the even input in its lower half, the odd one in its upper half, where a float32 has its own.
+inline void load_step(const BFloat16* at, Float (*w)[vectors_per_panel]) {
+    const __m512i pairs = _mm512_loadu_si512(at);
+    w[0][0] = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+    w[1][0] = {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
+
+#endif
+
+}  // namespace rxt::RXT_INSTRUCTION_SET

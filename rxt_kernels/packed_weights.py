@@ -1,0 +1,59 @@
+"""Weights packed once for the native matrix product (``csrc/matmul/panels.h`` has the layout)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rxt_kernels.native_runtime import extension
+
+__all__ = ["PRECISIONS", "PackedWeights", "pack_weights", "packed_product"]
+
+PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+"""Types that weights can be packed in; int8 has one scale per output."""
+
+
+class PackedWeights(NamedTuple):
+    """A matrix (outputs, inputs) in panels of sixteen outputs."""
+
+    data: Tensor
+    scales: Tensor | None
+    """float32, one per output, filled up to whole panels; for int8 only."""
+    outputs: int
+    inputs: int
+
+
+def pack_weights(matrix: Tensor, precision: str) -> PackedWeights:
+    """Pack a matrix (outputs, inputs), float32 or bfloat16, of any strides.
+
+    Args:
+        matrix: as torch.nn.Linear has it; give ``w.t()`` for weights that are applied as ``x @ w``.
+        precision: one of :data:`PRECISIONS`.
+
+    Raises:
+        ValueError: the precision is unknown or the matrix has not two dimensions.
+        TypeError: the matrix has another dtype.
+
+    Example:
+        >>> packed = pack_weights(torch.eye(3), "float32")
+        >>> packed_product(torch.tensor([[1.0, 2.0, 3.0]]), packed)
+        tensor([[1., 2., 3.]])
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; accepted are {', '.join(map(repr, PRECISIONS))}.")
+    if matrix.dim() != 2:
+        raise ValueError(f"matrix has shape {tuple(matrix.shape)}; accepted is (outputs, inputs).")
+    outputs, inputs = matrix.shape
+    data = torch.empty(extension.packed_elements(precision, outputs, inputs), dtype=PRECISIONS[precision])
+    scales = torch.empty(extension.packed_scales(outputs)) if precision == "int8" else None
+    extension.pack(matrix.detach(), data, scales)
+    return PackedWeights(data, scales, outputs, inputs)
+
+
+def packed_product(a: Tensor, weights: PackedWeights, bias: Tensor | None = None) -> Tensor:
+    """a (rows, inputs) float32 @ weights^T (+ bias) -> (rows, outputs) float32."""
+    out = a.new_empty(a.shape[0], weights.outputs)
+    extension.packed_product(a, weights.data, weights.scales, bias, out)
+    return out
