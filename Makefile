@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo native test test-aot test-aot-small test-gpu lint format upstream train scaling clean
+.PHONY: help demo native test test-sanitized test-emulated test-aot test-aot-small test-gpu lint format upstream train scaling clean
 
 help:
 	@echo "make demo      talk to the shipped model and measure scaling (under 3 minutes after downloads)"
@@ -13,6 +13,8 @@ help:
 	@echo "make test-gpu  the tests of kernels and engines on a GPU, where \`make test\` runs them in Triton's interpreter"
 	@echo "make test-aot  compile every kernel for four GPUs, without one, and fail if one is not as it should be"
 	@echo "make test-aot-small  the kernels of one model for one of them"
+	@echo "make test-sanitized  the tests of native kernels with the address and undefined-behaviour sanitizers"
+	@echo "make test-emulated   the same for AVX-512, written out in plain C++ where the machine has none"
 	@echo "make lint      ruff and mypy"
 	@echo "make upstream  install the upstream library beside the tests, for the parity tests"
 	@echo "make train     train the shipped model again, into runs/demo"
@@ -35,6 +37,17 @@ test: $(READY)
 test-gpu: $(READY)
 	@$(RUN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no GPU here; run it where there is one. `make test` runs the same tests in the interpreter of Triton.")'
 	$(RUN)/python -m pytest tests/test_triton_*.py tests/test_decode_engine.py
+
+# The address sanitizer must be loaded before Python; Python's own leaks are not ours.
+test-sanitized: $(READY)
+	RXT_NATIVE_SANITIZE=address,undefined $(RUN)/python setup.py --quiet build_ext --build-lib build/sanitized
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 RXT_KERNELS_EXTENSION="$$(ls build/sanitized/rxt_kernels/_native*.so)" \
+	$(RUN)/python -m pytest -q -m "not slow" tests/test_native_*.py
+
+test-emulated: $(READY)
+	RXT_NATIVE_EMULATE=1 RXT_NATIVE_SETS=avx512,avx512_bf16 $(RUN)/python setup.py --quiet build_ext --build-lib build/emulated
+	RXT_KERNELS_EXTENSION="$$(ls build/emulated/rxt_kernels/_native*.so)" $(RUN)/python -m pytest -q -m "not slow" tests/test_native_*.py
 
 test-aot-small: $(READY)
 	$(RUN)/python -m rxt_kernels.aot --small --target sm_90 --jobs 2 --quiet

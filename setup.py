@@ -6,8 +6,9 @@ fails, the installation succeeds without it, and ``rxt_kernels/_native_build.txt
 The benchmark suite lives in ``benchmarks/`` and is installed as ``rxt_benchmarks``, so that ``rxt bench`` finds it without
 taking a general name in site-packages.
 
-Environment: ``RXT_NATIVE_SETS`` limits the instruction sets, ``RXT_NATIVE_SANITIZE`` (``address,undefined``) builds with
-sanitizers, ``CXX`` names the compiler.
+Environment: ``RXT_NATIVE_SETS`` limits the instruction sets and ``CXX`` names the compiler. ``RXT_NATIVE_SANITIZE``
+(``address,undefined``) builds with sanitizers, ``RXT_NATIVE_EMULATE=1`` with AVX-512 written out in plain C++; such builds are
+for tests and go to another folder by ``--build-lib`` (see the Makefile).
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ FLAGS = {
     "-mprefer-vector-width=512",
 }
 """Compiler flags of every instruction set, in rising order."""
+
+
+SANITIZE = os.environ.get("RXT_NATIVE_SANITIZE", "")
+EMULATE = os.environ.get("RXT_NATIVE_EMULATE", "") == "1"
 
 
 class BuildError(Exception):
@@ -62,12 +67,13 @@ def ninja_file(target: Path) -> str:
     import pybind11
 
     sets = instruction_sets()
-    sanitize = os.environ.get("RXT_NATIVE_SANITIZE", "")
     flags = ["-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
-    flags += ["-O1", "-g", f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else ["-O3", "-DNDEBUG"]
+    sanitized = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
+    flags += ["-O1", "-g", "-fno-omit-frame-pointer", *sanitized] if SANITIZE else ["-O3", "-DNDEBUG"]
+    flags += ["-DRXT_EMULATE_AVX512", "-Wno-psabi"] if EMULATE else []
     flags += [f"-I{SOURCES}", *(f"-DRXT_BUILD_{name}" for name in sets)]
     python = [f"-isystem {sysconfig.get_path('include')}", f"-isystem {pybind11.get_include()}"]
-    link = ["-shared", "-fopenmp", *([f"-fsanitize={sanitize}"] if sanitize else [])]
+    link = ["-shared", "-fopenmp", *sanitized]
     lines = [
         f"cxx = {compiler()}",
         f"flags = {' '.join(flags)}",
@@ -91,7 +97,8 @@ def ninja_file(target: Path) -> str:
     # Lowest first: where the linker finds one function several times, it keeps the first.
     for name in sets:
         for source in kernels:
-            compile_once(source, name, f"{FLAGS[name]} -DRXT_INSTRUCTION_SET={name}")
+            own = FLAGS["avx2"] if EMULATE and name.startswith("avx512") else FLAGS[name]
+            compile_once(source, name, f"{own} -DRXT_INSTRUCTION_SET={name}")
     lines.append(f"build {target}: link {' '.join(objects)}")
     return "\n".join([*lines, ""])
 
@@ -103,8 +110,9 @@ class NinjaBuild(build_ext):
         """Build ``rxt_kernels._native``."""
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        source_folder = Path(self.get_finalized_command("build_py").get_package_dir("rxt_kernels")).resolve()
-        reports = {folder / "_native_build.txt" for folder in (target.parent, source_folder)}
+        reports = {target.with_name("_native_build.txt")}
+        if not (SANITIZE or EMULATE):  # an editable installation looks for it among the sources
+            reports.add(ROOT / "rxt_kernels" / "_native_build.txt")
         try:
             report = self._run_ninja(target)
         except BuildError as error:
@@ -120,8 +128,7 @@ class NinjaBuild(build_ext):
             import pybind11  # noqa: F401
         except ModuleNotFoundError as error:
             raise BuildError(f"the Python package {error.name} is needed to build and is not installed.") from error
-        sanitized = "-sanitized" if os.environ.get("RXT_NATIVE_SANITIZE") else ""
-        folder = ROOT / "build" / f"native{sanitized}"
+        folder = ROOT / "build" / ("native" + ("-sanitized" if SANITIZE else "") + ("-emulated" if EMULATE else ""))
         folder.mkdir(parents=True, exist_ok=True)
         text = ninja_file(target)
         plan = folder / "build.ninja"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import rxt_kernels
+from rxt_kernels import native_runtime
 from rxt_kernels.dispatch import BACKENDS, available_backends, explain, operations
 
 __all__ = ["collect", "main", "report_text"]
@@ -60,10 +61,16 @@ def collect() -> dict[str, Any]:
             "architecture": platform.machine(),
             "cores": _cores(),
             "torch_threads": torch.get_num_threads(),
-            "instruction_set": torch.backends.cpu.get_cpu_capability(),
+            "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
             "gpus": _devices(),
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
+        },
+        "native_kernels": {
+            "available": native_runtime.available(),
+            "reason": native_runtime.unavailable(),
+            "instruction_set": native_runtime.instruction_set(),
+            "instruction_sets": list(native_runtime.instruction_sets()),
         },
         "operations": {
             name: {
@@ -75,6 +82,12 @@ def collect() -> dict[str, Any]:
     }
 
 
+def _native_text(native: dict[str, Any]) -> str:
+    if not native["available"]:
+        return f"off: {native['reason']}"
+    return f"use {native['instruction_set']} (this machine and this build have {', '.join(native['instruction_sets'])})"
+
+
 def report_text(report: dict[str, Any]) -> str:
     """What :func:`collect` found, as lines for a person; operations that share a backend's state share its lines."""
     machine = report["machine"]
@@ -83,8 +96,9 @@ def report_text(report: dict[str, Any]) -> str:
     lines += [f"  {name:<16} {version or 'not installed'}" for name, version in report["versions"].items()]
     lines += [
         f"  {'machine':<16} {machine['system']} {machine['architecture']}, {machine['cores']} cores, "
-        f"{machine['instruction_set']}, torch uses {machine['torch_threads']} threads",
+        f"torch uses {machine['torch_threads']} threads and {machine['torch_instruction_set']}",
         f"  {'GPU':<16} {gpus}",
+        f"  {'native kernels':<16} {_native_text(report['native_kernels'])}",
         "",
         "Backends",
     ]

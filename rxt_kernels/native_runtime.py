@@ -1,7 +1,8 @@
 """What all native CPU kernels share: the extension, why it is missing where it is, and its instruction set.
 
 The extension ``rxt_kernels._native`` is built from ``csrc/`` when the package is installed. It picks the highest instruction
-set that the machine has; the environment variable ``RXT_KERNELS_INSTRUCTION_SET`` chooses a lower one.
+set that the machine has; the environment variable ``RXT_KERNELS_INSTRUCTION_SET`` chooses a lower one. Tests with sanitizers
+or with emulated AVX-512 name another build of it in ``RXT_KERNELS_EXTENSION``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,25 @@ __all__ = [
 
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 INSTRUCTION_SET_VARIABLE = "RXT_KERNELS_INSTRUCTION_SET"
+EXTENSION_VARIABLE = "RXT_KERNELS_EXTENSION"
+
+
+def _import() -> Any:
+    name, path = "rxt_kernels._native", os.environ.get(EXTENSION_VARIABLE)
+    if not path:
+        return import_module(name)
+    specification = spec_from_file_location(name, path)
+    if specification is None or specification.loader is None:
+        raise ImportError(f"{EXTENSION_VARIABLE} is {path!r}, which is no extension module")
+    module = module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def _load() -> tuple[Any, str | None]:
     """The extension, or None and the reason why there is none."""
     try:
-        module = import_module("rxt_kernels._native")
+        module = _import()
     except ImportError as error:
         report = Path(__file__).with_name("_native_build.txt")
         built = report.read_text(encoding="utf-8").strip() if report.exists() else ""

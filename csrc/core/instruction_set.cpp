@@ -60,6 +60,9 @@ bool machine_has(InstructionSet set) {
     uint32_t eax, ebx, ecx, edx;
     if ((states & avx_states) != avx_states || !__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_FMA)) return false;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(ebx & bit_AVX2)) return false;
+#ifdef RXT_EMULATE_AVX512
+    return true;
+#endif
     if (set == InstructionSet::avx2) return true;
     constexpr uint32_t needed = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     if ((states & avx512_states) != avx512_states || (ebx & needed) != needed) return false;

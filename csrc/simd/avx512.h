@@ -1,7 +1,7 @@
 // Vectors of fp32 for AVX-512 (F, BW, DQ, VL).
 #pragma once
 
-#include <immintrin.h>
+#include "simd/intrinsics.h"
 
 #include "core/types.h"
 

@@ -1,7 +1,7 @@
 // Vectors of fp32 for AVX-512 with BF16 and VNNI, which round to bfloat16 and multiply pairs of it in one instruction.
 #pragma once
 
-#include <immintrin.h>
+#include "simd/intrinsics.h"
 
 #include "core/types.h"
 
