@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rxt_model.decoder import RxTDecoder
     from rxt_model.encoder import RxTEncoder
     from rxt_model.heads import MLMHead
+    from rxt_model.memory import MemoryUpdateError
     from rxt_model.memory_attention import RxTMemoryAttention
     from rxt_model.models import RxTAlpha, RxTBeta
     from rxt_model.stateless import SparseQueryTransformer
@@ -22,6 +23,7 @@ __all__ = [
     "MLMHead",
     "MLMHeadConfig",
     "MemoryAttentionConfig",
+    "MemoryUpdateError",
     "RxTAlpha",
     "RxTBeta",
     "RxTDecoder",
@@ -40,6 +42,7 @@ _MODULES = {
     "MLMHead": "heads",
     "MLMHeadConfig": "config",
     "MemoryAttentionConfig": "config",
+    "MemoryUpdateError": "memory",
     "RxTAlpha": "models",
     "RxTBeta": "models",
     "RxTDecoder": "decoder",

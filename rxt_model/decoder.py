@@ -15,7 +15,7 @@ from rxt_model.config import TransformerConfig
 from rxt_model.layers.norms import RMSNorm
 from rxt_model.layers.rotary import RotaryPositions, rotary_positions
 from rxt_model.layers.transformer_layer import TransformerLayer
-from rxt_model.memory import ShortTermMemory
+from rxt_model.memory import ReadByUpdates, ShortTermMemory
 
 
 class HiddenStates(NamedTuple):
@@ -147,7 +147,7 @@ class DecoderNetwork(CausalNetwork):
         return logits
 
 
-class RxTDecoder(PretrainedModel):
+class RxTDecoder(ReadByUpdates, PretrainedModel):
     """Decoder of a Reactive Transformer.
 
     Args:
@@ -178,6 +178,9 @@ class RxTDecoder(PretrainedModel):
     def stm(self) -> ShortTermMemory:
         """The short-term memory this decoder reads when none is given."""
         return self.model.stm
+
+    def _finish_update(self) -> None:
+        self.model.stm.finish_update()
 
     def new_cache(self, batch_size: int, *, limit: int | None = None, capacity: int = 64) -> SelfAttentionCache:
         """An empty key/value cache for ``batch_size`` messages."""
@@ -213,6 +216,8 @@ class RxTDecoder(PretrainedModel):
             TypeError, ValueError: ids, mask, memory or cache that do not fit, named in a sentence.
         """
         weights = self.model.embedding.weight
+        if torch.is_grad_enabled():
+            self._finish_update()  # which reads weights that a train step changes
         check_token_ids(input_ids, attention_mask, self.config.vocab_size)
         check_device("input_ids", input_ids, weights)
         check_device("attention_mask", attention_mask, weights)

@@ -14,7 +14,7 @@ from rxt_model.config import TransformerConfig
 from rxt_model.decoder import HiddenStates, mean_of_losses
 from rxt_model.layers.rotary import rotary_positions
 from rxt_model.layers.transformer_layer import TransformerLayer
-from rxt_model.memory import ShortTermMemory
+from rxt_model.memory import ReadByUpdates, ShortTermMemory
 
 
 class EncoderNetwork(nn.Module):
@@ -66,7 +66,7 @@ class EncoderNetwork(nn.Module):
         return HiddenStates(torch.stack(states), mean_of_losses(losses))
 
 
-class RxTEncoder(PretrainedModel):
+class RxTEncoder(ReadByUpdates, PretrainedModel):
     """Encoder of a Reactive Transformer.
 
     Args:
@@ -86,6 +86,18 @@ class RxTEncoder(PretrainedModel):
         super().__init__()
         self.config = TransformerConfig.of(config)
         self.model = EncoderNetwork(self.config)
+        self._memory: tuple[ShortTermMemory, ...] = ()
+
+    def writes_to(self, memory: ShortTermMemory) -> None:
+        """Name the memory whose updates use this encoder, which waits for them before its weights are changed."""
+        self._memory = (memory,)  # in a tuple, so that it does not become a part of this module
+
+    def _finish_update(self) -> None:
+        for memory in self._memory:
+            memory.finish_update()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_memory": ()}  # a copy of an encoder holds no conversation
 
     @classmethod
     def _from_config(cls, config: Mapping[str, Any], *, tokenizer: Any = None) -> RxTEncoder:

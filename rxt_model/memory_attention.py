@@ -10,10 +10,10 @@ from torch import Tensor
 from rxt_model.checkpoint.hub import Component, PretrainedModel
 from rxt_model.checks import check_attention_mask
 from rxt_model.config import MemoryAttentionConfig
-from rxt_model.memory import MemoryAttentionNetwork, ShortTermMemory
+from rxt_model.memory import MemoryAttentionNetwork, ReadByUpdates, ShortTermMemory
 
 
-class RxTMemoryAttention(PretrainedModel):
+class RxTMemoryAttention(ReadByUpdates, PretrainedModel):
     """The network that writes an encoded interaction into short-term memory, in any of its variants (spec 2.12).
 
     Args:
@@ -45,6 +45,9 @@ class RxTMemoryAttention(PretrainedModel):
     def stm(self) -> ShortTermMemory:
         """The short-term memory this network updates."""
         return self.model.stm
+
+    def _finish_update(self) -> None:
+        self.model.stm.finish_update()
 
     def forward(self, encoded: Tensor, attention_mask: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
         """The memory after an interaction; nothing is stored (see :meth:`ShortTermMemory.load`).

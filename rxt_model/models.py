@@ -14,7 +14,7 @@ from rxt_model.config import MemoryAttentionConfig, TokenIds, TransformerConfig,
 from rxt_model.decoder import RxTDecoder
 from rxt_model.encoder import RxTEncoder
 from rxt_model.interaction.conversation import Conversation
-from rxt_model.memory import ShortTermMemory
+from rxt_model.memory import ReadByUpdates, ShortTermMemory
 from rxt_model.memory_attention import RxTMemoryAttention
 from rxt_model.tokenizer import Tokenizer, as_tokenizer
 
@@ -59,7 +59,7 @@ def resolve_token_ids(config: TokenIds | Mapping[str, Any] | None, tokenizer: To
     return TokenIds.from_dict(ids)
 
 
-class ReactiveTransformer(PretrainedModel, Conversation):
+class ReactiveTransformer(ReadByUpdates, PretrainedModel, Conversation):
     """What RxT-Alpha and RxT-Beta share: components that use one embedding and one short-term memory.
 
     Args:
@@ -105,6 +105,13 @@ class ReactiveTransformer(PretrainedModel, Conversation):
         self.share_components()
         self._start_conversation()
 
+    def _finish_update(self) -> None:
+        self.finish_memory_update()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.share_components()  # the encoder is copied without the memory
+
     def share_components(self) -> None:
         """Make encoder and decoder use one embedding and everything use one short-term memory.
 
@@ -113,6 +120,7 @@ class ReactiveTransformer(PretrainedModel, Conversation):
         """
         self.encoder.model.embedding = self.decoder.model.embedding
         self.memory_attention.model.stm = self.decoder.model.stm
+        self.encoder.writes_to(self.decoder.model.stm)
         if self.encoder.model.stm is not None:
             self.encoder.model.stm = self.decoder.model.stm
 

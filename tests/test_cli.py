@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ import torch
 
 import rxt_model.cli
 import rxt_model.cli.errors
-from rxt_model import RxTAlpha, RxTBeta, train_tokenizer
+from rxt_model import RxTAlpha, RxTBeta, RxTMemoryAttention, train_tokenizer
 from rxt_model.cli import main
 from rxt_model.cli.errors import sentence
 from rxt_model.cli.interrupts import Interrupts
@@ -567,28 +568,30 @@ def test_ctrl_c_that_is_ignored_stays_ignored() -> None:
 
 
 class Terminal:
-    """A real ``rxt chat`` on a pseudo-terminal."""
+    """A real ``rxt chat`` on a pseudo-terminal; ``program`` is run instead of the command line itself."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, program: str | None = None) -> None:
         import pty
 
         self.child, self.descriptor = pty.fork()
         if self.child == 0:  # pragma: no cover  # the other process
             os.chdir(REPOSITORY)
-            os.execv(sys.executable, [sys.executable, "-m", "rxt_model.cli", *map(str, arguments)])
+            run = ["-m", "rxt_model.cli"] if program is None else ["-c", program]
+            os.execv(sys.executable, [sys.executable, *run, *map(str, arguments)])
         self.output = b""
 
     def type(self, text: str) -> None:
         os.write(self.descriptor, text.encode())
 
-    def wait_for(self, *texts: str, seconds: float = 60.0) -> None:
-        """Wait until one of the texts comes, counted from what was waited for before."""
+    def wait_for(self, *texts: str, seconds: float = 60.0) -> str:
+        """Wait until one of the texts comes, counted from what was waited for before; what came in front of it."""
         deadline = time.monotonic() + seconds
         while not (found := [text.encode() for text in texts if text.encode() in self.output]):
             ready, _, _ = select.select([self.descriptor], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, f"none of {texts} came; the output ends with {self.output[-500:]!r}"
             self.output += os.read(self.descriptor, 1 << 16)
-        self.output = self.output.split(found[0], 1)[1]
+        before, self.output = self.output.split(found[0], 1)
+        return before.decode(errors="replace")
 
     def status(self, seconds: float = 60.0) -> int:
         """The exit status, once the process has ended."""
@@ -646,6 +649,149 @@ def test_a_signal_to_a_script_keeps_the_saved_conversation(model_directory: Path
     state = load_state(path)
     assert state.turns == 1
     assert Transcript.from_notes(state.notes).exchanges[0].stopped
+
+
+# -- memory updates in the background -----------------------------------------------------------------------------------
+
+
+def background_session(model_directory: Path, **settings: Any) -> tuple[ChatSession, list[Any], threading.Event]:
+    """A session whose updates wait for the event; and what it says when they are done."""
+    told: list[Any] = []
+    gate = threading.Event()
+    session = ChatSession(
+        RxTAlpha.from_pretrained(model_directory), Settings(seed=1, **settings), on_update=told.append
+    )
+    session.model.memory_attention.register_forward_pre_hook(lambda *_: gate.wait(60) and None)
+    return session, told, gate
+
+
+def break_the_next_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = RxTMemoryAttention.forward
+    error = iter([RuntimeError("the hippocampus is busy")])
+
+    def fail(self: RxTMemoryAttention, *arguments: Any) -> Any:
+        for one in error:
+            raise one
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(RxTMemoryAttention, "forward", fail)
+
+
+def test_an_answer_does_not_wait_for_its_update(model_directory: Path, session: ChatSession, tmp_path: Path) -> None:
+    quick, told, gate = background_session(model_directory)
+    quick.autosave_to(tmp_path / "talk.st")
+    answer = quick.answer("hello there")
+    assert answer.exchange is not None
+    assert answer.exchange.turn == 1
+    assert not told
+    assert not (tmp_path / "talk.st").exists()
+    gate.set()
+    quick.settle()
+    assert told == [answer]
+    assert answer.saved_to == tmp_path / "talk.st"
+    assert answer.update_seconds > 0
+    assert not quick.unsaved
+    assert answer.exchange == session.answer("hello there").exchange
+    assert torch.equal(load_state(tmp_path / "talk.st").memory, session.model.export_stm_state())
+    following = quick.answer("my name is Anna")
+    assert following.exchange == session.answer("my name is Anna").exchange
+    quick.settle()
+    assert [exchange.turn for exchange in quick.transcript.exchanges] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda session, path: session.answer("my name is Anna"),
+        lambda session, path: session.save(),
+        lambda session, path: session.autosave_to(path / "other.st"),
+        lambda session, path: session.load(path / "saved.st"),
+        lambda session, path: session.reset(),
+        lambda session, path: session.describe(),
+    ],
+)
+def test_whatever_a_session_does_next_waits(model_directory: Path, tmp_path: Path, call: Callable[..., Any]) -> None:
+    session, told, gate = background_session(model_directory)
+    session.model.save_conversation(tmp_path / "saved.st", {})
+    session.autosave_to(tmp_path / "talk.st")
+    session.answer("hello there")
+    threading.Timer(0.05, gate.set).start()
+    call(session, tmp_path)
+    assert load_state(tmp_path / "talk.st").turns in (1, 2)
+    assert told
+
+
+def test_a_second_ctrl_c_drops_an_answer_behind_an_update(model_directory: Path, tmp_path: Path) -> None:
+    session, told, gate = background_session(model_directory)
+    gate.set()
+    session.autosave_to(tmp_path / "talk.st")
+    with session._interrupts:
+        session.answer("hello there")
+        interrupt_at_token(session, 2, presses=2)
+        assert session.answer("my name is Anna").exchange is None
+        memory, saved = session.model.export_stm_state(), load_state(tmp_path / "talk.st")
+    assert torch.equal(memory, saved.memory)
+    assert session.model.turns == saved.turns == len(told) == 1
+
+
+def test_a_failed_update_ends_a_script(rxt: Rxt, model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("chat", "--model", model_directory, "--save", "talk.st")
+    assert rxt(*arguments, messages=["hello there"]).status == 0
+    for lines in (["hello there"], ["hello there", "my name is Anna"], ["hello there", "/info"]):
+        with monkeypatch.context() as patch:
+            break_the_next_update(patch)
+            outcome = rxt(*arguments, "--load", "talk.st", messages=lines)
+        assert outcome.status == 1
+        assert outcome.err.count("memory update of the last interaction failed") == 1
+        assert "the hippocampus is busy" in outcome.err
+        assert load_state("talk.st").turns == 1, "what was saved stays"
+
+
+def test_a_person_hears_of_a_failed_update_and_goes_on(
+    rxt: Rxt, model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Keyboard(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(io, "StringIO", Keyboard)
+    break_the_next_update(monkeypatch)
+    outcome = rxt("chat", "--model", model_directory, "--save", "talk.st", messages=["hello there", "my name is Anna"])
+    assert outcome.status == 0
+    assert outcome.err.index("the hippocampus is busy") < outcome.err.index("[memory updated: turn 1")
+    transcript = Transcript.from_notes(load_state("talk.st").notes)
+    assert [exchange.message for exchange in transcript.exchanges] == ["my name is Anna"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are Unix")
+def test_a_prompt_comes_at_once_and_again_below_the_notice(model_directory: Path, tmp_path: Path) -> None:
+    program = """
+import sys, time
+from rxt_model.cli import main
+from rxt_model.memory_attention import RxTMemoryAttention
+forward = RxTMemoryAttention.forward
+def slowly(self, *arguments):
+    time.sleep(2.0)
+    return forward(self, *arguments)
+RxTMemoryAttention.forward = slowly
+sys.exit(main(sys.argv[1:]))
+"""
+    path = tmp_path / "talk.st"
+    terminal = Terminal("chat", "--model", model_directory, "--save", path, "--seed", 1, program=program)
+    terminal.wait_for("/help")
+    terminal.wait_for("> ")
+    terminal.type("hello there\n")
+    terminal.wait_for("hello there\r\n")
+    line = terminal.wait_for("[memory updated: turn 1").rsplit("\n", 1)[-1]
+    assert "> " in line, "the prompt was there before memory was updated"
+    assert line.endswith("\r"), "and the notice takes its place"
+    terminal.wait_for("\n> ")
+    terminal.type("my name is Anna\n")
+    terminal.wait_for("my name is Anna\r\n")
+    terminal.wait_for("\n> ")
+    terminal.type("\x03")  # at the prompt, most likely before memory is updated: it is, and is saved, all the same
+    assert terminal.status() == 0
+    assert load_state(path).turns == 2
 
 
 def test_no_answer_moves_the_cursor(session: ChatSession) -> None:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -23,12 +24,15 @@ __all__ = ["add_arguments", "run"]
 _EPILOG = """\
 Type a message and press Enter; an empty line is nothing, and the end of the input (Ctrl-D) ends the conversation.
 Answers go to stdout, everything else to stderr. Lines that begin with / are commands (/help lists them); a message that
-begins with / is written with two.
+begins with / is written with two. Memory is updated and saved in the background, which is said when it is done; the next
+message, and the end, wait for it. With --json a turn is printed when all of it is done.
 
 Ctrl-C while an answer comes stops it, and what was said is remembered; a second Ctrl-C drops the answer. Ctrl-C
 at the prompt ends the conversation. A saved conversation is never lost: its file is replaced whole, after each
 memory update.
 """
+
+_PROMPT = "> "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,9 +80,10 @@ def run(options: argparse.Namespace) -> int:
     _check_files(options)
     from rxt_model.cli.interrupts import Interrupts
 
+    screen = _Screen()
     with Interrupts() as interrupts:
-        session = _open(options, settings, interrupts)
-        return _Chat(session, interrupts, as_json=options.json).run()
+        session = _open(options, settings, interrupts, screen)
+        return _Chat(session, interrupts, screen, as_json=options.json).run()
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -116,7 +121,7 @@ def _check_files(options: argparse.Namespace) -> None:
         )
 
 
-def _open(options: argparse.Namespace, settings: Settings, interrupts: Interrupts) -> ChatSession:
+def _open(options: argparse.Namespace, settings: Settings, interrupts: Interrupts, screen: _Screen) -> ChatSession:
     from rxt_model.cli.loading import load_full_model
     from rxt_model.cli.session import ChatSession
 
@@ -126,8 +131,16 @@ def _open(options: argparse.Namespace, settings: Settings, interrupts: Interrupt
         raise UserError(f"--thinking-mode is for RxT-Beta; {options.model} is an {type(model).__name__}.")
     if settings.top_k is not None and settings.top_k > vocabulary:
         raise UserError(f"--top-k is {settings.top_k}; the vocabulary of {options.model} has {vocabulary} tokens.")
-    output = None if options.json else sys.stdout
-    session = ChatSession(model, settings, output=output, interrupts=interrupts)
+    if options.json:
+        session = ChatSession(model, settings, interrupts=interrupts)
+    else:
+        session = ChatSession(
+            model,
+            settings,
+            output=sys.stdout,
+            interrupts=interrupts,
+            on_update=lambda answer: _tell_turn(answer, screen),
+        )
     if options.load is not None:
         session.load(options.load)
     if options.save is not None:
@@ -139,14 +152,58 @@ class _Quit(Exception):  # noqa: N818  # not an error
     """The user has had enough."""
 
 
+class _Screen:
+    """Where a person types while notices come from the background: a notice goes above the prompt, not behind it."""
+
+    def __init__(self) -> None:
+        self.interactive = sys.stdin.isatty()
+        self._lock = threading.Lock()
+        self._is_prompting = False
+
+    def read_line(self) -> str:
+        """One line with its end, or an empty string at the end of the input.
+
+        Raises:
+            UnicodeDecodeError: the input is no text.
+        """
+        if not self.interactive:
+            return sys.stdin.readline()
+        try:
+            with self._lock:
+                self._is_prompting = True
+                if not sys.stdout.isatty():
+                    self._prompt()
+            return input(_PROMPT if sys.stdout.isatty() else "") + "\n"
+        except EOFError:
+            return ""
+        finally:
+            with self._lock:
+                self._is_prompting = False
+
+    @contextlib.contextmanager
+    def above_prompt(self) -> Iterator[None]:
+        """While lines are written to stderr; the prompt, if one was shown, is shown again below them."""
+        with self._lock:
+            redraws = self._is_prompting and sys.stderr.isatty()
+            if redraws:
+                print("\r", end="", file=sys.stderr)
+            yield
+            if redraws:
+                self._prompt()
+
+    def _prompt(self) -> None:
+        print(_PROMPT, end="", file=sys.stdout if sys.stdout.isatty() else sys.stderr, flush=True)
+
+
 class _Chat:
     """The lines of a conversation: messages and commands."""
 
-    def __init__(self, session: ChatSession, interrupts: Interrupts, *, as_json: bool) -> None:
+    def __init__(self, session: ChatSession, interrupts: Interrupts, screen: _Screen, *, as_json: bool) -> None:
         self.session = session
         self.interrupts = interrupts
+        self.screen = screen
         self.as_json = as_json
-        self.interactive = sys.stdin.isatty()
+        self.interactive = screen.interactive
         self.commands: dict[str, tuple[str, Callable[[str], None]]] = {
             "/save": ("[FILE]  save now, and after every memory update from now on", self.save),
             "/load": ("FILE  continue a saved conversation", self.load),
@@ -187,17 +244,9 @@ class _Chat:
 
     def lines(self) -> Iterator[str]:
         """Messages and commands, without empty lines, until the end of the input."""
-        prompt = "> " if sys.stdout.isatty() else ""
         while True:
             try:
-                if self.interactive:
-                    if not prompt:
-                        print("> ", end="", file=sys.stderr, flush=True)
-                    line = input(prompt) + "\n"
-                else:
-                    line = sys.stdin.readline()
-            except EOFError:
-                line = ""
+                line = self.screen.read_line()
             except UnicodeDecodeError as error:
                 raise UserError(f"the input is not {error.encoding} text; convert it first.") from None
             if not line:
@@ -209,7 +258,17 @@ class _Chat:
                 yield line.strip()
 
     def close(self) -> int:
-        """Save what the last save could not, and say what stays unsaved."""
+        """Wait for the last memory update, save what its save could not, and say what stays unsaved."""
+        session = self.session
+        try:
+            with self.interrupts.shielded():
+                session.settle()
+        except Exception as error:
+            report(error)
+            return self._save_rest() or FAILURE
+        return self._save_rest()
+
+    def _save_rest(self) -> int:
         session = self.session
         if not session.unsaved:
             return 0
@@ -228,10 +287,18 @@ class _Chat:
 
     def message(self, line: str) -> None:
         """Answer one message."""
+        try:
+            self.session.settle()
+        except Exception as error:
+            # A person hears that the last message is not remembered, and gets an answer to this one.
+            if not self.interactive:
+                raise
+            report(error)
         answer = self.session.answer(line[1:] if line.startswith("//") else line)
         if self.as_json:
             self.write_json(answer)
-        self.tell_turn(answer)
+        if self.as_json or answer.exchange is None:
+            _tell_turn(answer, self.screen)
 
     def write_json(self, answer: Answer) -> None:
         exchange = None if answer.exchange is None else asdict(answer.exchange)
@@ -244,17 +311,6 @@ class _Chat:
             "saved_to": None if answer.saved_to is None else str(answer.saved_to),
         }
         print(json.dumps(values, ensure_ascii=False), flush=True)
-
-    def tell_turn(self, answer: Answer) -> None:
-        """Say that memory was updated, or that it was not."""
-        if answer.exchange is None:
-            tell("\n[answer dropped; memory is as it was before this message]")
-            return
-        what = "stopped; memory updated with what was said" if answer.exchange.stopped else "memory updated"
-        where = "" if answer.saved_to is None else f"; saved to {answer.saved_to}"
-        tell(f"[{what}: turn {answer.exchange.turn}, {answer.update_seconds * 1e3:.0f} ms{where}]")
-        if answer.save_error is not None:
-            report(answer.save_error)
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
@@ -309,6 +365,19 @@ class _Chat:
             tell(f"[a conversation of {session.model.turns} turns goes on]")
         for exchange in session.transcript.exchanges[-3:]:
             tell(f"  > {exchange.message}\n  {exchange.answer}")
+
+
+def _tell_turn(answer: Answer, screen: _Screen) -> None:
+    """Say that memory was updated, or that it was not; called in the background as well."""
+    with screen.above_prompt():
+        if answer.exchange is None:
+            tell("\n[answer dropped; memory is as it was before this message]")
+            return
+        what = "stopped; memory updated with what was said" if answer.exchange.stopped else "memory updated"
+        where = "" if answer.saved_to is None else f"; saved to {answer.saved_to}"
+        tell(f"[{what}: turn {answer.exchange.turn}, {answer.update_seconds * 1e3:.0f} ms{where}]")
+        if answer.save_error is not None:
+            report(answer.save_error)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -13,6 +14,7 @@ from rxt_model.cli.interrupts import Interrupts
 from rxt_model.cli.transcript import Exchange, Transcript
 
 if TYPE_CHECKING:
+    from rxt_model.background import BackgroundTask
     from rxt_model.models import ReactiveTransformer
 
 __all__ = ["Answer", "ChatSession", "Settings"]
@@ -49,7 +51,7 @@ class Answer:
         exchange: message and answer as text; None if the answer was dropped and memory is as before.
         tokens: tokens that were generated.
         seconds: from the message to the last token.
-        update_seconds: the memory update.
+        update_seconds: the memory update; this and what follows is known once it is done.
         saved_to: the file that holds the conversation with this turn, if there is one.
         save_error: why it could not be saved although a file was named; the conversation goes on in memory.
     """
@@ -85,6 +87,8 @@ class ChatSession:
         settings: how answers are made.
         output: where answers are streamed to; None streams nothing.
         interrupts: what Ctrl-C means; entered by the caller.
+        on_update: if given, :meth:`answer` returns with the last token, memory is updated and saved in the background, and
+            this is called there once the answer is complete. The session waits for it before it does anything else.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class ChatSession:
         *,
         output: TextIO | None = None,
         interrupts: Interrupts | None = None,
+        on_update: Callable[[Answer], None] | None = None,
     ) -> None:
         self.model = model
         self.settings = settings
@@ -103,11 +108,25 @@ class ChatSession:
         self.unsaved = False
         self._output = output
         self._interrupts = Interrupts() if interrupts is None else interrupts
+        self._on_update = on_update
+        self._completion: BackgroundTask | None = None
         own = min(model.default_max_seq_len, model.decoder.config.seq_len)
         self.max_seq_len = own if settings.max_seq_len is None else settings.max_seq_len
         self._begin()
 
     # -- the conversation and its file --------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Wait until the last answer is in memory, and saved if a file was named.
+
+        Raises:
+            MemoryUpdateError: memory could not be updated and is as it was before that message. Raised once.
+        """
+        if self._completion is not None:
+            error = self._completion.wait()
+            self._completion = None
+            if error is not None:
+                raise error
 
     def _begin(self) -> None:
         self.model.reset_stm(seed=self.settings.seed)
@@ -119,6 +138,7 @@ class ChatSession:
     def reset(self) -> None:
         """Forget the conversation and begin another; the saved one stays as it is."""
         with self._interrupts.shielded():
+            self.settle()
             self._begin()
             self.save_path = self.loaded_path = None
 
@@ -129,6 +149,7 @@ class ChatSession:
             FileNotFoundError, StateError: there is no such file, it is damaged, or it is another model's.
         """
         with self._interrupts.shielded():
+            self.settle()
             state = self.model.load_conversation(path)
             self.transcript = Transcript.from_notes(state.notes)
             self.save_path, self.loaded_path = None, path
@@ -144,6 +165,7 @@ class ChatSession:
         Raises:
             FileExistsError: the file exists and is not this session's.
         """
+        self.settle()
         if path.exists() and not known and path not in (self.save_path, self.loaded_path):
             raise FileExistsError(
                 f"{path} exists and would be overwritten; continue it with --load {path} --save {path} (or /load {path} "
@@ -158,18 +180,22 @@ class ChatSession:
             UserError: no file was named.
             OSError: it cannot be written.
         """
-        from safetensors import SafetensorError
-
         if self.save_path is None:
             raise UserError("there is no file to save to; name one: /save FILE.")
         with self._interrupts.shielded():
-            self.unsaved = True
-            try:
-                self.model.save_conversation(self.save_path, self.transcript.notes())
-            except (OSError, SafetensorError) as error:
-                raise OSError(f"the conversation cannot be saved to {self.save_path}: {sentence(error)}") from error
-            self.unsaved = False
+            self.settle()
+            self._write_to(self.save_path)
         return self.save_path
+
+    def _write_to(self, path: Path) -> None:
+        from safetensors import SafetensorError
+
+        self.unsaved = True
+        try:
+            self.model.save_conversation(path, self.transcript.notes())
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"the conversation cannot be saved to {path}: {sentence(error)}") from error
+        self.unsaved = False
 
     @property
     def state_bytes(self) -> int:
@@ -179,6 +205,7 @@ class ChatSession:
 
     def describe(self) -> dict[str, str]:
         """What ``/info`` shows."""
+        self.settle()
         memory, settings = self.model.stm.memory, self.settings
         layers, _, slots, width = memory.shape
         draw = "greedy" if settings.temperature == 0 else f"temperature {settings.temperature:g}"
@@ -204,9 +231,16 @@ class ChatSession:
 
         Raises:
             ValueError: the message cannot be answered, for instance because it is too long; memory is as it was.
+            MemoryUpdateError: the last answer could not be written into memory in the background, and this message was not
+                answered; see :meth:`settle`.
         """
+        from rxt_model.interaction.text import MEMORY_UPDATE_START
+        from rxt_model.memory import MemoryUpdateError
+
+        self.settle()
         model, settings = self.model, self.settings
         query = model.tokenize_query(message, self.max_seq_len, model.device)
+        before, turns = model.export_stm_state(), model.turns
         stream = model.interact(
             query["input_ids"],
             query["attention_mask"],
@@ -215,23 +249,38 @@ class ChatSession:
             top_p=settings.top_p,
             max_seq_len=self.max_seq_len,
             thinking_mode=settings.thinking_mode,
-            seed=None if settings.seed is None else settings.seed + model.turns + 1,
+            seed=None if settings.seed is None else settings.seed + turns + 1,
+            async_memory=self._on_update is not None,
         )
-        before, turns = model.export_stm_state(), model.turns
         result, parts = Answer(), _Parts()
         started = time.perf_counter()
         try:
             with self._interrupts.answering():
                 result.tokens = self._stream(stream, parts)
                 stopped = self._interrupts.requested
-                # From here on the interaction is written and saved; Ctrl-C waits.
+                # From here on the interaction is written and saved; Ctrl-C waits, or the background is not touched by it.
                 with self._interrupts.shielded():
                     result.seconds = time.perf_counter() - started
-                    self._finish(stream, parts, result, message, stopped)
+                    self._show(
+                        parts, model.stringify_token(MEMORY_UPDATE_START)
+                    )  # bytes of a character that was cut off
+                    self._write("\n")
+                    exchange = Exchange(
+                        turns + 1,
+                        message,
+                        parts.text("answer"),
+                        parts.text("thinking"),
+                        parts.text("tool_call"),
+                        stopped,
+                    )
+                    self._finish(stream, result, exchange)
         except KeyboardInterrupt:
-            model.load_stm_state(before)
-            model.turns = turns
-            _close(stream)
+            with self._interrupts.shielded():
+                with contextlib.suppress(MemoryUpdateError):
+                    model.finish_memory_update()
+                model.load_stm_state(before)
+                model.turns = turns
+                _close(stream)
         return result
 
     def _stream(self, stream: Iterator[int], parts: _Parts) -> int:
@@ -270,24 +319,32 @@ class ChatSession:
             self._output.write(text.translate(_CONTROL_CHARACTERS) if self._output.isatty() else text)
             self._output.flush()
 
-    def _finish(self, stream: Iterator[int], parts: _Parts, result: Answer, message: str, stopped: bool) -> None:
-        from rxt_model.interaction.text import MEMORY_UPDATE_START
+    def _finish(self, stream: Iterator[int], result: Answer, exchange: Exchange) -> None:
+        """Update the memory and save, here or in the background."""
+        from rxt_model.background import BackgroundTask
 
-        self._show(parts, self.model.stringify_token(MEMORY_UPDATE_START))  # bytes of a character that was cut off
-        self._write("\n")
+        result.exchange = exchange
         started = time.perf_counter()
-        _close(stream)  # the memory update happens here
-        result.update_seconds = time.perf_counter() - started
-        result.exchange = Exchange(
-            self.model.turns, message, parts.text("answer"), parts.text("thinking"), parts.text("tool_call"), stopped
-        )
-        self.transcript.exchanges.append(result.exchange)
-        self.unsaved = True
-        if self.save_path is not None:
-            try:
-                result.saved_to = self.save()
-            except OSError as error:
-                result.save_error = error
+        _close(stream)  # the memory update happens or begins here
+
+        def complete() -> None:
+            self.model.finish_memory_update()
+            result.update_seconds = time.perf_counter() - started
+            self.transcript.exchanges.append(exchange)
+            self.unsaved = True
+            if self.save_path is not None:
+                try:
+                    self._write_to(self.save_path)
+                    result.saved_to = self.save_path
+                except OSError as error:
+                    result.save_error = error
+            if self._on_update is not None:
+                self._on_update(result)
+
+        if self._on_update is None:
+            complete()
+        else:
+            self._completion = BackgroundTask(complete, self.model.device, name="memory update")
 
 
 def _close(stream: Iterator[int]) -> None:

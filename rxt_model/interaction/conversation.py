@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,12 +56,12 @@ def _refuse_meta(*tensors: Tensor | None) -> None:
 
 
 class _OpenInteraction:
-    """An answer that is being streamed; its memory update happens once, whoever asks for it."""
+    """An answer that is being streamed; its memory update happens, or begins, once, whoever asks for it."""
 
-    def __init__(self, conversation: Conversation, rows: list[list[int]]) -> None:
+    def __init__(self, rows: list[list[int]], write: Callable[[list[list[int]]], None]) -> None:
         self.rows = rows
         self.is_open = True
-        self._conversation = conversation
+        self._write = write
 
     def append(self, step: Step) -> None:
         for row, token, active in zip(self.rows, step.tokens.tolist(), step.active.tolist(), strict=True):
@@ -71,7 +72,8 @@ class _OpenInteraction:
         """Write the interaction into memory, unless that has happened or it was abandoned."""
         if self.is_open:
             self.is_open = False
-            self._conversation._write_interaction(self.rows)
+            if not sys.is_finalizing():  # at the exit nobody can read the memory any more, and torch is taken apart
+                self._write(self.rows)
 
     def abandon(self) -> None:
         """Leave memory as it was."""
@@ -84,13 +86,17 @@ class Conversation(TextInterface):
     The memory update happens exactly once per interaction: after the end token, when the caller stops reading or closes
     the stream, or at the latest when the next interaction begins or the state is read. An exception during decoding
     leaves the memory as it was.
+
+    With ``async_memory=True`` the update runs in a thread of its own, so that a stream ends with its answer. The next
+    interaction, and whatever else reads, replaces, moves or saves memory or weights through this model, waits for it by
+    itself; if the update failed, the first of them raises :class:`rxt_model.MemoryUpdateError` instead, once. An
+    interpreter that exits finishes the update first. Before you change weights in another way than by ``to``, ``train`` or
+    ``load_state_dict``, call :meth:`finish_memory_update`.
     """
 
     decoder: RxTDecoder
     encoder: RxTEncoder
     memory_attention: RxTMemoryAttention
-    turns: int
-    """Interactions written into memory since it was reset or initialised."""
 
     decode_engine: str = "auto"
     """How answers are decoded: "auto", "modules", or the name of an engine of :mod:`rxt_kernels.decode`."""
@@ -105,8 +111,19 @@ class Conversation(TextInterface):
         """Where the weights are."""
         raise NotImplementedError
 
+    @property
+    def turns(self) -> int:
+        """Interactions written into memory since it was reset or initialised."""
+        self.finish_memory_update()
+        return self._turns
+
+    @turns.setter
+    def turns(self, turns: int) -> None:
+        self.finish_memory_update()
+        self._turns = turns
+
     def _start_conversation(self) -> None:
-        self.turns = 0
+        self._turns = 0
         self._open: _OpenInteraction | None = None
         self._text_stream = None
         self._text_rows = None
@@ -116,8 +133,20 @@ class Conversation(TextInterface):
         if self._open is not None:
             self._open.commit()
             self._open = None
+        self.finish_memory_update()
 
     # -- memory -------------------------------------------------------------------------------------------------------
+
+    def finish_memory_update(self) -> None:
+        """Wait for a memory update in the background, if there is one.
+
+        Only a graph of ``torch.compile(fullgraph=True)`` that reads the memory cannot wait by itself, and says so.
+
+        Raises:
+            MemoryUpdateError: it failed; memory and turns are as they were before it. Raised once, here or by the first
+                other call that has to wait.
+        """
+        self.stm.finish_update()
 
     @no_gradients()
     def _write_interaction(self, rows: Sequence[Sequence[int]]) -> None:
@@ -126,7 +155,10 @@ class Conversation(TextInterface):
         mask = None if len(set(map(len, rows))) == 1 else columns < lengths[:, None]
         encoded = self.encoder(input_ids, mask)
         self.stm.load(self.memory_attention(encoded, mask, self.stm.memory))
-        self.turns += 1
+        self._turns += 1
+
+    def _write_in_background(self, rows: Sequence[Sequence[int]]) -> None:
+        self.stm.update_in_background(lambda: self._write_interaction(rows))
 
     @no_gradients()
     def init_stm_state(
@@ -290,6 +322,7 @@ class Conversation(TextInterface):
         use_self_attn_cache: bool = True,
         thinking_mode: str | None = None,
         seed: int | None = None,
+        async_memory: bool = False,
     ) -> Generator[int, None, None]:
         """Answer one message token by token, then update the memory.
 
@@ -301,12 +334,15 @@ class Conversation(TextInterface):
             use_self_attn_cache: False runs the whole message again for every token, for checks.
             thinking_mode: RxT-Beta only. ``fast`` opens the answer with [A], ``extended`` with [T], ``auto`` (the default
                 there) with whichever is more likely. The opening token is yielded.
+            async_memory: update the memory in the background; see :class:`Conversation`.
 
         Returns:
-            An iterator over token ids, the end token included; then -1 when the memory update starts, then -2.
+            An iterator over token ids, the end token included; then -1 when the memory update starts, then -2 when it is
+            done. With ``async_memory=True`` -2 follows -1 at once: the update has begun, and whoever needs the memory waits.
 
         Raises:
             TypeError, ValueError: arguments that do not fit, before anything is computed.
+            MemoryUpdateError: by the iterator, if the update of an earlier interaction failed in the background.
         """
         prompts = self._prompts(input_ids, attention_mask)
         if len(prompts) != 1 or self.stm.batch_size != 1:
@@ -315,7 +351,7 @@ class Conversation(TextInterface):
                 f"{self.stm.batch_size} conversations. Use batch_interact, or set_batch_mode(False)."
             )
         options = SamplingOptions(temperature, top_k, top_p, seed)
-        steps = self._answer(prompts, options, max_seq_len, use_self_attn_cache, thinking_mode)
+        steps = self._answer(prompts, options, max_seq_len, use_self_attn_cache, thinking_mode, async_memory)
         return _tokens_of_one(steps)
 
     def batch_interact(
@@ -329,6 +365,7 @@ class Conversation(TextInterface):
         use_self_attn_cache: bool = True,
         thinking_mode: str | None = None,
         seed: int | Sequence[int] | None = None,
+        async_memory: bool = False,
     ) -> Generator[Tensor, None, None]:
         """Answer one message per conversation, all at once; each gets the tokens it would get alone.
 
@@ -343,7 +380,8 @@ class Conversation(TextInterface):
         prompts = self._prompts(input_ids, attention_mask)
         self._check_rows(len(prompts))
         options = SamplingOptions(temperature, top_k, top_p, seed)
-        return _tokens_of_all(self._answer(prompts, options, max_seq_len, use_self_attn_cache, thinking_mode))
+        steps = self._answer(prompts, options, max_seq_len, use_self_attn_cache, thinking_mode, async_memory)
+        return _tokens_of_all(steps)
 
     def batch_interactions(
         self,
@@ -357,12 +395,14 @@ class Conversation(TextInterface):
         thinking_mode: str | None = None,
         seed: int | Sequence[int] | None = None,
         return_interactions_with_queries: bool = False,
+        async_memory: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`batch_interact` without streaming.
 
         Args:
             return_interactions_with_queries: return whole interactions instead of answers, which start with the token that
                 opens them.
+            async_memory: return as soon as the answers are complete; the memory is updated in the background.
 
         Returns:
             ids (B, max_seq_len) int64, padded with 0, and their mask (B, max_seq_len) bool.
@@ -370,7 +410,7 @@ class Conversation(TextInterface):
         prompts = self._prompts(input_ids, attention_mask)
         self._check_rows(len(prompts))
         options = SamplingOptions(temperature, top_k, top_p, seed)
-        steps = self._answer(prompts, options, max_seq_len, use_self_attn_cache, thinking_mode)
+        steps = self._answer(prompts, options, max_seq_len, use_self_attn_cache, thinking_mode, async_memory)
         rows = prompts
         for step in steps:
             if self._open is not None:
@@ -443,6 +483,7 @@ class Conversation(TextInterface):
         max_seq_len: int | None,
         use_cache: bool,
         thinking_mode: str | None,
+        async_memory: bool,
     ) -> Generator[Step, None, None]:
         """Check everything, then return the stream of an answer and its memory update."""
         limit = self._limit(max_seq_len)
@@ -451,9 +492,11 @@ class Conversation(TextInterface):
         options.check_vocabulary(self.decoder.config.vocab_size)
         if type(use_cache) is not bool:
             raise TypeError(f"use_self_attn_cache is {use_cache!r}; it must be True or False.")
+        if type(async_memory) is not bool:
+            raise TypeError(f"async_memory is {async_memory!r}; it must be True or False.")
         opening_ids = self._opening_ids(thinking_mode)
         sampler = Sampler(options, rows=len(prompts))
-        return self._stream(prompts, sampler, limit, use_cache, opening_ids)
+        return self._stream(prompts, sampler, limit, use_cache, opening_ids, async_memory)
 
     def _opening_ids(self, thinking_mode: str | None) -> tuple[int, ...]:
         """Tokens an answer of RxT-Beta may open with; empty for models without thinking modes."""
@@ -479,12 +522,14 @@ class Conversation(TextInterface):
         limit: int,
         use_cache: bool,
         opening_ids: tuple[int, ...],
+        async_memory: bool = False,
     ) -> Generator[Step, None, None]:
         self._settle()
         self._check_rows(len(prompts))  # the memory may have changed since the arguments were checked
         # RxT-Alpha appends [A] itself and does not yield it (spec 2.16).
         rows = [prompt if self.thinks else [*prompt, self.token_ids.answer_token_id] for prompt in prompts]
-        interaction = self._open = _OpenInteraction(self, [list(row) for row in rows])
+        write = self._write_in_background if async_memory else self._write_interaction
+        interaction = self._open = _OpenInteraction([list(row) for row in rows], write)
         self._text_stream = None
         text_rows = self._text_rows = WeakTensorKeyDictionary()
         opening = None
@@ -513,6 +558,8 @@ class Conversation(TextInterface):
                 text_rows[step.tokens] = step.active
                 yield step
             everyone = torch.ones(len(rows), dtype=torch.bool, device=self.device)
+            if async_memory:
+                interaction.commit()
             yield Step(torch.full((len(rows),), MEMORY_UPDATE_START, device=self.device), everyone)
             interaction.commit()
             yield Step(torch.full((len(rows),), MEMORY_UPDATE_END, device=self.device), everyone)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from rxt_model.background import BackgroundTask
 from rxt_model.gradients import no_gradients
+from rxt_model.memory.read_by_updates import ReadByUpdates
 
 INITIALISATIONS = ("standard", "normal", "uniform", "ones", "zeros")
 
@@ -15,11 +20,18 @@ def _require_count(name: str, value: int) -> None:
         raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
 
 
-class ShortTermMemory(nn.Module):
+class MemoryUpdateError(RuntimeError):
+    """A memory update in the background failed; memory is as it was before, and the cause is what it failed with."""
+
+
+class ShortTermMemory(ReadByUpdates):
     """Memory slots of every layer, ``memory`` of shape (L, B, S, D), held outside of the weights.
 
     The state is a buffer that is never saved with a model: it belongs to a conversation. It moves and casts with the
     module, keeps its contents when components are shared or the batch grows, and never carries an autograd graph.
+
+    An update may run in the background (:meth:`update_in_background`). Whatever reads, replaces, moves or copies the memory
+    waits for it, so that nobody sees the memory of before.
 
     Args:
         num_layers: layers L.
@@ -34,7 +46,8 @@ class ShortTermMemory(nn.Module):
         torch.Size([2, 1, 4, 8])
     """
 
-    memory: Tensor
+    state: Tensor
+    """The buffer behind :attr:`memory`."""
 
     def __init__(self, num_layers: int, size: int, dim: int, *, init_type: str = "standard") -> None:
         super().__init__()
@@ -46,12 +59,63 @@ class ShortTermMemory(nn.Module):
         self.size = size
         self.dim = dim
         self.init_type = init_type
-        self.register_buffer("memory", self._drawn(1, None, torch.get_default_dtype(), None), persistent=False)
+        self.register_buffer("state", self._drawn(1, None, torch.get_default_dtype(), None), persistent=False)
+        self._update: BackgroundTask | None = None
+
+    @property
+    def memory(self) -> Tensor:
+        """The memory (L, B, S, D), after an update that is under way.
+
+        Raises:
+            MemoryUpdateError: the update failed.
+        """
+        self.finish_update()
+        return self.state
 
     @property
     def batch_size(self) -> int:
-        """Conversations this memory holds."""
-        return self.memory.shape[1]
+        """Conversations this memory holds; an update does not change their number."""
+        return self.state.shape[1]
+
+    # -- updates in the background ------------------------------------------------------------------------------------
+
+    def update_in_background(self, update: Callable[[], object]) -> None:
+        """Begin what reads the memory and then loads the next one, in a thread of its own.
+
+        Args:
+            update: called once; only in it do :attr:`memory` and :meth:`load` not wait for its end.
+
+        Raises:
+            MemoryUpdateError: the update before this one failed; this one is not begun.
+        """
+        self.finish_update()
+        self._update = BackgroundTask(update, self.state.device, name="memory update")
+
+    def finish_update(self) -> None:
+        """Wait for an update in the background, if there is one.
+
+        Raises:
+            MemoryUpdateError: it failed; memory is as it was before it. Raised once.
+        """
+        update = self._update
+        if update is None or update.is_asked_by_its_work():
+            return
+        error = update.wait()
+        if self._update is update:
+            self._update = None
+        if error is not None:
+            raise MemoryUpdateError(
+                f"the memory update of the last interaction failed in the background ({type(error).__name__}: {error}); "
+                "memory is as it was before that interaction. This is said once; the next call goes on without it."
+            ) from error
+
+    def _finish_update(self) -> None:
+        self.finish_update()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_update": None}
+
+    # -- contents -----------------------------------------------------------------------------------------------------
 
     def _drawn(
         self, batch_size: int, device: torch.device | None, dtype: torch.dtype, generator: torch.Generator | None
@@ -67,7 +131,7 @@ class ShortTermMemory(nn.Module):
 
     def reset_buffers(self, device: torch.device, dtype: torch.dtype) -> None:
         """Draw the memory anew on a device, for a module that was built on the meta device."""
-        self.memory = self._drawn(1, device, dtype, None)
+        self.state = self._drawn(1, device, dtype, None)
 
     @no_gradients()
     def reset(self, *, batch_size: int | None = None, init_type: str | None = None, seed: int | None = None) -> None:
@@ -91,11 +155,11 @@ class ShortTermMemory(nn.Module):
             self.init_type = init_type
         batch = self.batch_size if batch_size is None else batch_size
         if seed is None:
-            self.memory = self._drawn(batch, self.memory.device, self.memory.dtype, None)
+            self.state = self._drawn(batch, self.memory.device, self.memory.dtype, None)
         else:
             generator = torch.Generator("cpu").manual_seed(seed)
             drawn = self._drawn(batch, torch.device("cpu"), torch.float32, generator)
-            self.memory = drawn.to(self.memory.device, self.memory.dtype)
+            self.state = drawn.to(self.memory.device, self.memory.dtype)
 
     @no_gradients()
     def set_batch_size(self, batch_size: int) -> None:
@@ -108,7 +172,7 @@ class ShortTermMemory(nn.Module):
         """
         self.check_batch_size(batch_size)
         if batch_size != self.batch_size:
-            self.memory = self.memory.expand(-1, batch_size, -1, -1).contiguous()
+            self.state = self.memory.expand(-1, batch_size, -1, -1).contiguous()
 
     def check_batch_size(self, batch_size: int) -> None:
         """Refuse what :meth:`set_batch_size` would refuse, changing nothing."""
@@ -122,14 +186,14 @@ class ShortTermMemory(nn.Module):
     @no_gradients()
     def average(self) -> None:
         """Become one conversation, the mean of all of them; slots and channels stay apart (spec 7, defect 19)."""
-        self.memory = self.memory.mean(dim=1, keepdim=True)
+        self.state = self.memory.mean(dim=1, keepdim=True)
 
     @no_gradients()
     def select(self, row: int) -> None:
         """Become the one conversation ``row``."""
         if type(row) is not int or not 0 <= row < self.batch_size:
             raise ValueError(f"row is {row!r}; the memory holds rows 0 to {self.batch_size - 1}.")
-        self.memory = self.memory[:, row : row + 1].clone()
+        self.state = self.memory[:, row : row + 1].clone()
 
     @no_gradients()
     def export(self) -> Tensor:
@@ -161,7 +225,7 @@ class ShortTermMemory(nn.Module):
                 f"memory holds values that are NaN or infinite as {loaded.dtype}; load a state that was exported from a "
                 "working model."
             )
-        self.memory = loaded
+        self.state = loaded
 
     def extra_repr(self) -> str:
         return f"num_layers={self.num_layers}, size={self.size}, dim={self.dim}, init_type={self.init_type!r}"
