@@ -515,6 +515,13 @@ class Conversation(TextInterface):
             return (required(think, "think [T]"),)
         return answer, required(think, "think [T]")
 
+    def _opening(self, opening_ids: tuple[int, ...]) -> int | Callable[[Tensor], Tensor] | None:
+        """How an answer begins: with one token, with the likeliest of several, or as the sampler has it."""
+        if len(opening_ids) < 2:
+            return opening_ids[0] if opening_ids else None
+        choices = torch.tensor(opening_ids, device=self.device)
+        return lambda logits: most_likely(logits, choices)
+
     def _stream(
         self,
         prompts: list[list[int]],
@@ -532,13 +539,7 @@ class Conversation(TextInterface):
         interaction = self._open = _OpenInteraction([list(row) for row in rows], write)
         self._text_stream = None
         text_rows = self._text_rows = WeakTensorKeyDictionary()
-        opening = None
-        if opening_ids:
-            choices = torch.tensor(opening_ids, device=self.device)
-
-            def opening(logits: Tensor) -> Tensor:
-                return most_likely(logits, choices)
-
+        opening = self._opening(opening_ids)
         try:
             decoding = self._decoding(use_cache, len(rows), min(limit, max(map(len, rows)) + 64))
             for step in stream_tokens(

@@ -127,25 +127,31 @@ def stream_tokens(
     sampler: Sampler,
     budgets: Sequence[int],
     eos_id: int,
-    opening: Callable[[Tensor], Tensor] | None = None,
+    opening: int | Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Step]:
     """Yield the tokens of every row until each has ended.
+
+    The vocabulary head is computed once per token that is chosen, at the position it is chosen from.
 
     Args:
         decoding: where logits come from.
         prompts: token ids per row, each with at least one.
         sampler: chooses tokens.
-        budgets: most tokens each row may generate, at least 1 each.
+        budgets: most tokens each row may generate, at least 1 each, or 2 if the opening is a token.
         eos_id: ends a row; it is yielded.
-        opening: if given, chooses the first token of every row from the first logits (B, V) instead of the sampler.
+        opening: how every answer begins, if not with what the sampler chooses: a token, which is then read together with
+            the prompt, or what chooses it from the first logits (B, V).
 
     Yields:
         :class:`Step`; a row that has ended repeats its last token and is inactive.
     """
-    logits = decoding.prefill(prompts)
-    tokens = (sampler if opening is None else opening)(logits)
-    remaining = torch.tensor(list(budgets), device=logits.device)
+    given = [opening] if isinstance(opening, int) else []
+    logits = decoding.prefill([[*prompt, *given] for prompt in prompts])
+    remaining = torch.tensor(list(budgets), device=logits.device) - len(given)
     active = torch.ones(len(prompts), dtype=torch.bool, device=logits.device)
+    for token in given:
+        yield Step(torch.full_like(remaining, token), active)
+    tokens = opening(logits) if callable(opening) else sampler(logits)
     while True:
         yield Step(tokens, active)
         remaining = remaining - active.long()
