@@ -8,5 +8,10 @@ BENCHMARKS: dict[str, str] = {
     "scaling": "cost of a conversation against its number of turns: RxT and a stateless LLM of the same size",
     "memory": "recall of facts against the number of turns since they were told",
     "launches": "kernels launched per decoded token and per memory update, by Triton and by torch",
+    "decode": "time of one more token on the CPU, against what the machine's memory allows",
+    "prefill": "time of reading a message, against what the machine's arithmetic allows",
+    "update": "time of a memory update, likewise",
+    "moe": "time of one layer of experts, and of the common ways to compute it with torch",
+    "train": "time of a training step of the decoder",
 }
 """Name of a benchmark, which is also its module, to the question it answers."""

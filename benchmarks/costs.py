@@ -8,10 +8,18 @@ terms are those of spec 2.4 to 2.12; tests hold them to what torch's own counter
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rxt_model.config import MemoryAttentionConfig, TransformerConfig
 
-__all__ = ["RxTCosts", "StatelessCosts", "causal_pairs"]
+__all__ = ["RxTCosts", "StatelessCosts", "Work", "causal_pairs", "mixture_of_experts_work"]
+
+
+class Work(NamedTuple):
+    """What a piece of work cannot do without: bytes that have to be read from memory, and operations."""
+
+    bytes: int
+    flops: int
 
 
 def causal_pairs(new: int, before: int = 0) -> int:
@@ -72,6 +80,16 @@ def _feed_forward(config: TransformerConfig, kind: str, hidden: int) -> int:
     return cost
 
 
+def mixture_of_experts_work(config: TransformerConfig, tokens: int, experts_read: int, element_size: int) -> Work:
+    """One layer of experts for ``tokens`` tokens that choose ``experts_read`` different ones of them.
+
+    Read are the router and each chosen expert once; the tokens themselves are left out.
+    """
+    router = config.embed_dim * config.num_experts
+    weights = router + experts_read * _dense(config, config.ff_dim) // 2
+    return Work(weights * element_size, tokens * _feed_forward(config, "moe", config.ff_dim))
+
+
 class _Transformer:
     """The parts of a decoder or encoder that repeat per token."""
 
@@ -90,6 +108,20 @@ class _Transformer:
         self.feed_forward = config.num_layers * own + sum(
             _feed_forward(config, kind, config.dense_layer_dim) for kind in stateless
         )
+
+    @property
+    def expert_layers(self) -> int:
+        """Layers with a mixture of experts."""
+        config = self.config
+        stateless = (*(config.stateless_layers_config or ()), *(config.final_stateless_layers_config or ()))
+        return (config.num_layers if config.use_moe else 0) + stateless.count("moe")
+
+    def weights(self, experts_read: int) -> int:
+        """Weights of matrices that are read when each is read once, of ``experts_read`` experts over all layers."""
+        one_token = self.tokens(1, 0) - self.memory_layers * self.memory_read.cost(0, 0, self.config.stm_size)
+        chosen = self.expert_layers * self.config.moe_top_k
+        experts = (experts_read - chosen) * _dense(self.config, self.config.ff_dim)
+        return (one_token + experts + self.head(1)) // 2
 
     def tokens(self, new: int, pairs: int) -> int:
         """All layers for ``new`` tokens whose self-attention looks at ``pairs`` pairs; memory reads included."""
@@ -180,6 +212,54 @@ class RxTCosts:
         if config.residual_gate_slot_status_type == "linear" and config.residual_gate_type != "static":
             cost += 2 * slots * config.embed_dim
         return cost
+
+    def decode_step(
+        self, rows: int, context: int, slots: int, experts_read: int, weight_bytes: int, state_bytes: int
+    ) -> Work:
+        """One more token for each of ``rows`` conversations.
+
+        Args:
+            rows: conversations, each with its own memory.
+            context: tokens in front of the new one.
+            slots: of short-term memory, whose keys and values are projected already.
+            experts_read: different experts that the rows choose together, over all layers.
+            weight_bytes: bytes of one weight.
+            state_bytes: bytes of one value of the keys and values.
+        """
+        parts = _Transformer(self.decoder)
+        state = self._memory_values(parts, slots) * state_bytes + parts.key_value_bytes(context, state_bytes)
+        flops = self._tokens(parts, 1, context + 1, slots) + parts.head(1)
+        return Work(parts.weights(experts_read) * weight_bytes + rows * state, rows * flops)
+
+    def prefill(self, tokens: int, slots: int, experts_read: int, weight_bytes: int, state_bytes: int) -> Work:
+        """Read a message up to the logits behind its last token; arguments as in :meth:`decode_step`."""
+        parts = _Transformer(self.decoder)
+        state = self._memory_values(parts, slots) * state_bytes
+        flops = self._tokens(parts, tokens, causal_pairs(tokens), slots) + parts.head(1)
+        return Work(parts.weights(experts_read) * weight_bytes + state, flops)
+
+    @staticmethod
+    def _memory_values(parts: _Transformer, slots: int) -> int:
+        """Values in the projected keys and values of a memory."""
+        read = parts.memory_read
+        return parts.memory_layers * 2 * slots * read.key_value_heads * read.head_dim
+
+    @staticmethod
+    def _tokens(parts: _Transformer, new: int, pairs: int, slots: int) -> int:
+        """As :meth:`_Transformer.tokens`, with a memory of another size than the configuration's."""
+        more = slots - parts.config.stm_size
+        return parts.tokens(new, pairs) + new * more * parts.memory_layers * parts.memory_read.per_pair
+
+    def decode_weights(self, experts_read: int | None = None) -> int:
+        """Weights of matrices that one step of decoding reads; by default of one row, whose experts all differ."""
+        parts = _Transformer(self.decoder)
+        return parts.weights(parts.expert_layers * parts.config.moe_top_k if experts_read is None else experts_read)
+
+    def training_step(self, rows: int, tokens: int) -> int:
+        """Forward and backward of the decoder; a product forward is two backward, the optimizer is left out."""
+        parts = _Transformer(self.decoder)
+        forward = rows * (parts.tokens(tokens, causal_pairs(tokens)) + parts.head(tokens))
+        return 3 * (forward + self._projected_memory(parts))
 
     def memory_bytes(self, element_size: int) -> int:
         """Short-term memory, the same at every turn."""

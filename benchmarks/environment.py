@@ -20,7 +20,7 @@ import rxt_kernels
 
 from .devices import make_timer
 
-__all__ = ["cores", "describe_environment", "machine_limits", "use_threads"]
+__all__ = ["cores", "describe_environment", "fastest", "machine_limits", "use_threads"]
 
 _MEGABYTE = 1 << 20
 
@@ -108,7 +108,7 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     }
 
 
-def _fastest(work: Callable[[], object], repeats: int, device: torch.device) -> float:
+def fastest(work: Callable[[], object], repeats: int, device: torch.device) -> float:
     """Seconds of the fastest of several runs: a limit is what the machine can do, not what it usually does."""
     work()
     timer, times = make_timer(device), []
@@ -149,10 +149,10 @@ def _read_bandwidth(megabytes: int, repeats: int, device: torch.device) -> float
     columns = 4096
     array, vector = torch.ones(max(1, megabytes * _MEGABYTE // (4 * columns)), columns), torch.ones(columns)
     # Two ways of reading an array in order; whichever comes closer to the memory's limit.
-    seconds = min(_fastest(lambda: torch.mv(array, vector), repeats, device), _fastest(array.sum, repeats, device))
+    seconds = min(fastest(lambda: torch.mv(array, vector), repeats, device), fastest(array.sum, repeats, device))
     return array.numel() * array.element_size() / seconds
 
 
 def _multiply_add_rate(matrix: int, repeats: int, device: torch.device) -> float:
     left, right = torch.ones(matrix, matrix), torch.ones(matrix, matrix)
-    return 2 * matrix**3 / _fastest(lambda: left @ right, repeats, device)
+    return 2 * matrix**3 / fastest(lambda: left @ right, repeats, device)

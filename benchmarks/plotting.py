@@ -1,6 +1,8 @@
 """Plots of saved results, one PNG for light and one for dark pages.
 
 python -m rxt_benchmarks.plotting results/scaling.json --plot scaling.png
+
+Bars of the benchmarks of native kernels are drawn by :mod:`.ratio_plot`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from rxt_model.files import atomic_path
 
 from .results import Results, read_results
 
-__all__ = ["THEMES", "Theme", "plot_scaling", "require_matplotlib"]
+__all__ = ["THEMES", "Theme", "draw_themes", "plot_scaling", "require_matplotlib"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,13 @@ def plot_scaling(results: Results, path: str | os.PathLike[str]) -> list[Path]:
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: there are no rows, or the path has the suffix of another format.
     """
+    return draw_themes(results, path, _draw)
+
+
+def draw_themes(
+    results: Results, path: str | os.PathLike[str], draw: Callable[[Results, Theme, Path], None]
+) -> list[Path]:
+    """Draw results once per theme; arguments, result and errors as of :func:`plot_scaling`, ``draw`` makes one file."""
     require_matplotlib()
     target = Path(path)
     if target.suffix not in ("", ".png"):
@@ -115,7 +124,7 @@ def plot_scaling(results: Results, path: str | os.PathLike[str]) -> list[Path]:
     for theme in THEMES:
         file = target.with_name(f"{target.stem}{theme.suffix}.png")
         with atomic_path(file) as temporary:
-            _draw(results, theme, temporary)
+            draw(results, theme, temporary)
         written.append(file)
     return written
 
@@ -240,11 +249,15 @@ def _say_overtaking(axes: Any, results: Results, theme: Theme, panel: Panel) -> 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw a saved result again."""
     parser = argparse.ArgumentParser(prog="python -m rxt_benchmarks.plotting", description="Draw a saved result.")
-    parser.add_argument("results", help="JSON file of a scaling benchmark")
+    parser.add_argument("results", help="JSON file of a benchmark")
     parser.add_argument("--plot", required=True, metavar="FILE", help="PNG to write; a dark one is written beside it")
     options = parser.parse_args(arguments)
+    from .ratio_plot import plot_ratios
+
     try:
-        paths = plot_scaling(read_results(options.results, name="scaling"), options.plot)
+        results = read_results(options.results)
+        plot = plot_scaling if results.name == "scaling" else plot_ratios
+        paths = plot(results, options.plot)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,8 @@ Top level::
     settings         what was asked for; a run continues only with equal settings
     environment      see environment.describe_environment
     limits           read_bandwidth_bytes_per_second, fma_flops_per_second
-    rows             a list; each row has name, backend, dtype, shape and p20, p50, p80 in seconds, plus what the benchmark adds
+    rows             a list; each row has name, backend, dtype, shape and p20, p50, p80 in seconds, plus what the benchmark
+                     adds: those of native kernels floor, in seconds, and ratio, which is p50 / floor
     summary          what the benchmark concludes from its rows
 """
 
@@ -50,7 +51,7 @@ class Results:
     name: str
     settings: Mapping[str, Any]
     environment: Mapping[str, Any]
-    limits: Mapping[str, float]
+    limits: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]] = ()
     summary: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = False
@@ -69,6 +70,11 @@ class Results:
                     raise ResultsError(f"rows[{index}].{name} is {row.get(name)!r}; it must be a {kind.__name__}.")
             if not 0 <= row["p20"] <= row["p50"] <= row["p80"] < math.inf:
                 raise ResultsError(f"rows[{index}] has percentiles out of order or not finite.")
+            least = row.get("floor", math.inf)
+            if not isinstance(least, (int, float)) or not least > 0 or ("floor" in row) != ("ratio" in row):
+                raise ResultsError(
+                    f"rows[{index}] has a floor of {least!r}; it must be positive and stand beside a ratio."
+                )
 
 
 def write_results(results: Results, path: str | os.PathLike[str]) -> Path:

@@ -9,6 +9,7 @@ namespace py = pybind11;
 
 namespace rxt {
 
+void bind_machine_limits(py::module_&);
 void bind_matmul(py::module_&);
 void bind_rms_norm(py::module_&);
 
@@ -23,6 +24,7 @@ PYBIND11_MODULE(_native, module) {
     });
     module.def("instruction_set", [] { return rxt::name(rxt::current_instruction_set()); });
     module.def("use_instruction_set", &rxt::use_instruction_set, py::arg("name"));
+    rxt::bind_machine_limits(module);
     rxt::bind_matmul(module);
     rxt::bind_rms_norm(module);
 }

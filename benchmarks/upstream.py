@@ -1,0 +1,152 @@
+"""The upstream library as one of the systems: a black box in a process of its own, asked for one piece of work at a time.
+
+It has to lie in ``$RXT_UPSTREAM_DIR`` or ``.upstream`` beside this package, one directory per version, where
+``make upstream`` puts it. The model is saved in its format once, in the rotary layout of the version, and loaded there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rxt_model.models import RxTAlpha
+
+from .contenders import Models
+from .measuring import Absent, System, Task
+
+__all__ = ["VERSIONS", "upstream_systems"]
+
+VERSIONS = {"0.2.31": "split", "0.3.92": "interleaved"}
+"""Version to the layout in which it writes rotated pairs."""
+
+WORKER = Path(__file__).with_name("upstream_worker.py")
+_PAUSE = 0.01  # seconds that a thread pool of this process goes on spinning for
+
+
+def _directory() -> Path:
+    return Path(os.environ.get("RXT_UPSTREAM_DIR") or Path(__file__).resolve().parents[1] / ".upstream")
+
+
+class _Worker:
+    """One version of upstream in a process of its own, with one model loaded."""
+
+    def __init__(self, version: str, models: Models) -> None:
+        path = _directory() / version
+        if not (path / "rxlm" / "__init__.py").is_file():
+            raise Absent(f"rxlm {version} is not installed beside this package; `make upstream` does that.")
+        self._files = tempfile.TemporaryDirectory()
+        self.directory = Path(self._files.name)
+        _save(models, self.directory / "model", VERSIONS[version])
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(path.resolve()),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKER)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._end = weakref.finalize(self, _stop, self._process, self._files)
+        self.ask(do="load", path=str(self.directory / "model"))
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """The answer to a request.
+
+        Raises:
+            RuntimeError: upstream failed, in its own words.
+        """
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            print(json.dumps(request), file=process.stdin, flush=True)
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise RuntimeError(f"the process of upstream ended with status {process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(f"upstream failed: {answer['error']}")
+        return answer
+
+
+def _stop(process: subprocess.Popen[str], files: tempfile.TemporaryDirectory[str]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+    files.cleanup()
+
+
+def _save(models: Models, directory: Path, layout: str) -> None:
+    """The model as an RxT-Alpha, which has the same parts and needs no token ids that the presets do not have."""
+    full = models.full
+    alpha = RxTAlpha.__new__(RxTAlpha)
+    torch.nn.Module.__init__(alpha)
+    alpha.__dict__.update(full.__dict__)
+    alpha.save_pretrained(directory, rope_layout=layout)  # type: ignore[arg-type]
+
+
+_workers: weakref.WeakKeyDictionary[Models, dict[str, _Worker]] = weakref.WeakKeyDictionary()
+
+
+def _worker(version: str, models: Models) -> _Worker:
+    own = _workers.setdefault(models, {})
+    if version not in own:
+        own[version] = _Worker(version, models)
+    return own[version]
+
+
+def _task(version: str, models: Models, work: str, tokens: Tensor, memory: Tensor, expected: Tensor | None) -> Task:
+    worker = _worker(version, models)
+    inputs, output = worker.directory / "inputs.safetensors", worker.directory / "output.safetensors"
+    save_file({"tokens": tokens.contiguous(), "memory": memory.contiguous()}, inputs)
+    worker.ask(do="prepare", work=work, threads=torch.get_num_threads(), inputs=str(inputs), output=str(output))
+    result = load_file(output)["result"]
+
+    def run() -> Sequence[float]:
+        time.sleep(_PAUSE)
+        seconds: list[float] = worker.ask(do="run")["seconds"]
+        return seconds
+
+    return Task(lambda: result, run, expected=expected)
+
+
+def upstream_systems(
+    models: Models, work: str, tokens: Tensor, memory: Tensor, *, expected: Tensor | None = None
+) -> list[System]:
+    """One system per version that can do this work.
+
+    Args:
+        models: whose weights it gets.
+        work: decode, prefill, update or train.
+        tokens: (B, T); of decode the message and the tokens that are compared.
+        memory: (L, 1, S, D).
+        expected: what its result is compared with, if it is not the whole one.
+    """
+    return [
+        System(f"upstream {version}", "float32", partial(_task, version, models, work, tokens, memory, expected))
+        for version in VERSIONS
+        # Steps over the cache of 0.2.31 are at the wrong position, so what they compute is not the same.
+        if (work, version) != ("decode", "0.2.31")
+    ]
