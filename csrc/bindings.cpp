@@ -12,6 +12,7 @@ namespace rxt {
 void bind_machine_limits(py::module_&);
 void bind_matmul(py::module_&);
 void bind_rms_norm(py::module_&);
+void bind_sparse_query_attention(py::module_&);
 
 }  // namespace rxt
 
@@ -27,4 +28,5 @@ PYBIND11_MODULE(_native, module) {
     rxt::bind_machine_limits(module);
     rxt::bind_matmul(module);
     rxt::bind_rms_norm(module);
+    rxt::bind_sparse_query_attention(module);
 }

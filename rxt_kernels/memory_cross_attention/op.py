@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rxt_kernels import native_runtime, triton_runtime
 from rxt_kernels.checks import probability
 from rxt_kernels.dispatch import Operation
 from rxt_kernels.memory_cross_attention.reference import memory_cross_attention_reference
 from rxt_kernels.rotary.op import check_angles, check_layout
 from rxt_kernels.sparse_query_attention.op import check_heads, check_scale
-from rxt_kernels.triton_runtime import available
 
 _MEMORY_CROSS_ATTENTION = Operation("memory_cross_attention", memory_cross_attention_reference)
 
-if available():
+if triton_runtime.available():
     from rxt_kernels.memory_cross_attention import triton
 
     _MEMORY_CROSS_ATTENTION.register("triton", triton.memory_cross_attention_triton, triton.supports, devices=("cuda",))
+
+if native_runtime.available():
+    from rxt_kernels.memory_cross_attention import native
+
+    _MEMORY_CROSS_ATTENTION.register("native", native.memory_cross_attention_native, native.supports, devices=("cpu",))
 
 
 def memory_cross_attention(

@@ -5,18 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rxt_kernels import native_runtime, triton_runtime
 from rxt_kernels.checks import alike, floating, probability, refuse_device, refuse_shape, refuse_type, refuse_value
 from rxt_kernels.dispatch import Operation
 from rxt_kernels.rotary.op import check_angles, check_layout
 from rxt_kernels.sparse_query_attention.reference import sparse_query_attention_reference
-from rxt_kernels.triton_runtime import available
 
 _SPARSE_QUERY_ATTENTION = Operation("sparse_query_attention", sparse_query_attention_reference)
 
-if available():
+if triton_runtime.available():
     from rxt_kernels.sparse_query_attention import triton
 
     _SPARSE_QUERY_ATTENTION.register("triton", triton.sparse_query_attention_triton, triton.supports, devices=("cuda",))
+
+if native_runtime.available():
+    from rxt_kernels.sparse_query_attention import native
+
+    _SPARSE_QUERY_ATTENTION.register("native", native.sparse_query_attention_native, native.supports, devices=("cpu",))
 
 
 def check_heads(query: Tensor, key: Tensor, value: Tensor, key_name: str, value_name: str, shared: bool) -> None:
