@@ -98,7 +98,7 @@ class Case:
     @property
     def title(self) -> str:
         """What is measured, in a few words."""
-        sizes = ", ".join(f"{value} {name}" for name, value in self.shape.items())
+        sizes = ", ".join(f"{name} {value}" for name, value in self.shape.items())
         return f"{self.model}, {self.threads} thread{'s' if self.threads > 1 else ''}, {sizes}"
 
 

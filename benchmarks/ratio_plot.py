@@ -68,7 +68,7 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, An
     varying = [key for key in shapes[0] if len({shape.get(key) for shape in shapes}) > 1]
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(", ".join(f"{row['shape'][key]} {key}" for key in varying), []).append(row)
+        groups.setdefault(", ".join(f"{key} {row['shape'][key]}" for key in varying), []).append(row)
     return groups
 
 
@@ -104,6 +104,8 @@ def _caption(results: Results) -> str:
 
 
 def _draw_panel(axes: Any, model: str, rows: Sequence[Mapping[str, Any]], theme: Theme) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     place, ticks, labels = 0.0, [], []
     largest = max(row["ratio"] for row in rows)
     for name, group in _groups(rows).items():
@@ -125,7 +127,9 @@ def _draw_panel(axes: Any, model: str, rows: Sequence[Mapping[str, Any]], theme:
     axes.tick_params(colors=theme.text, length=0)
     axes.grid(True, axis="x", color=theme.faint, linewidth=0.7)
     axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter("{x:g}x")
+    axes.xaxis.set_minor_locator(NullLocator())
     for spine in axes.spines.values():
         spine.set_visible(False)
 

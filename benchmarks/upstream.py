@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rxt_model.checkpoint.convert import convert_experts
 from rxt_model.models import RxTAlpha
 
 from .contenders import Models
@@ -31,6 +32,8 @@ __all__ = ["VERSIONS", "upstream_systems"]
 
 VERSIONS = {"0.2.31": "split", "0.3.92": "interleaved"}
 """Version to the layout in which it writes rotated pairs."""
+STACKED = " stacked"
+"""Behind a version: its experts as one tensor, which is how it decodes fastest."""
 
 WORKER = Path(__file__).with_name("upstream_worker.py")
 _PAUSE = 0.01  # seconds that a thread pool of this process goes on spinning for
@@ -43,13 +46,14 @@ def _directory() -> Path:
 class _Worker:
     """One version of upstream in a process of its own, with one model loaded."""
 
-    def __init__(self, version: str, models: Models) -> None:
+    def __init__(self, variant: str, models: Models) -> None:
+        version = variant.removesuffix(STACKED)
         path = _directory() / version
         if not (path / "rxlm" / "__init__.py").is_file():
             raise Absent(f"rxlm {version} is not installed beside this package; `make upstream` does that.")
         self._files = tempfile.TemporaryDirectory()
         self.directory = Path(self._files.name)
-        _save(models, self.directory / "model", VERSIONS[version])
+        _save(models, self.directory / "model", VERSIONS[version], stacked=variant.endswith(STACKED))
         environment = {
             **os.environ,
             "PYTHONPATH": str(path.resolve()),
@@ -98,27 +102,36 @@ def _stop(process: subprocess.Popen[str], files: tempfile.TemporaryDirectory[str
     files.cleanup()
 
 
-def _save(models: Models, directory: Path, layout: str) -> None:
+def _save(models: Models, directory: Path, layout: Any, *, stacked: bool) -> None:
     """The model as an RxT-Alpha, which has the same parts and needs no token ids that the presets do not have."""
     full = models.full
-    alpha = RxTAlpha.__new__(RxTAlpha)
-    torch.nn.Module.__init__(alpha)
-    alpha.__dict__.update(full.__dict__)
-    alpha.save_pretrained(directory, rope_layout=layout)  # type: ignore[arg-type]
+    parts = {name: getattr(full, name).config for name in ("decoder", "encoder", "memory_attention")}
+    if stacked:
+        parts["decoder"] = parts["decoder"].replace(use_vectorized_moe=True)
+    with torch.device("meta"):
+        alpha = RxTAlpha(
+            **{f"{name}_config": config for name, config in parts.items()},
+            tokenizer_config=full.token_ids,
+            memory_attention_variant=parts["memory_attention"].variant,
+        )
+    tensors = full.state_dict()
+    alpha.load_state_dict(convert_experts(tensors, to="stacked") if stacked else tensors, assign=True)
+    alpha.share_components()
+    alpha.save_pretrained(directory, rope_layout=layout)
 
 
 _workers: weakref.WeakKeyDictionary[Models, dict[str, _Worker]] = weakref.WeakKeyDictionary()
 
 
-def _worker(version: str, models: Models) -> _Worker:
+def _worker(variant: str, models: Models) -> _Worker:
     own = _workers.setdefault(models, {})
-    if version not in own:
-        own[version] = _Worker(version, models)
-    return own[version]
+    if variant not in own:
+        own[variant] = _Worker(variant, models)
+    return own[variant]
 
 
-def _task(version: str, models: Models, work: str, tokens: Tensor, memory: Tensor, expected: Tensor | None) -> Task:
-    worker = _worker(version, models)
+def _task(variant: str, models: Models, work: str, tokens: Tensor, memory: Tensor, expected: Tensor | None) -> Task:
+    worker = _worker(variant, models)
     inputs, output = worker.directory / "inputs.safetensors", worker.directory / "output.safetensors"
     save_file({"tokens": tokens.contiguous(), "memory": memory.contiguous()}, inputs)
     worker.ask(do="prepare", work=work, threads=torch.get_num_threads(), inputs=str(inputs), output=str(output))
@@ -144,9 +157,14 @@ def upstream_systems(
         memory: (L, 1, S, D).
         expected: what its result is compared with, if it is not the whole one.
     """
+    variants = list(VERSIONS)
+    if work == "decode":
+        variants.remove(
+            "0.2.31"
+        )  # steps over its cache are at the wrong position, so what they compute is not the same
+        if not models.full.decoder.config.use_vectorized_moe:
+            variants.append("0.3.92" + STACKED)
     return [
-        System(f"upstream {version}", "float32", partial(_task, version, models, work, tokens, memory, expected))
-        for version in VERSIONS
-        # Steps over the cache of 0.2.31 are at the wrong position, so what they compute is not the same.
-        if (work, version) != ("decode", "0.2.31")
+        System(f"upstream {variant}", "float32", partial(_task, variant, models, work, tokens, memory, expected))
+        for variant in variants
     ]
