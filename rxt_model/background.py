@@ -79,7 +79,8 @@ class BackgroundTask:
         self._untold: list[str] = []  # apart from the error, whose traceback would keep this task alive
         weakref.finalize(self, _tell, name, self._untold)
         self._thread = threading.Thread(target=self._run, name=name, daemon=False)
-        if not threading.main_thread().is_alive():  # the interpreter is exiting, and would not wait for a new thread
+        # Only the main thread runs and is not alive: when the interpreter exits, and no longer waits for new threads.
+        if not threading.current_thread().is_alive():
             self._run()
             return
         try:

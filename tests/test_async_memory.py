@@ -465,7 +465,7 @@ def test_other_values_are_refused(wanted: Any) -> None:
 # -- the exit -------------------------------------------------------------------------------------------------------------
 
 SLOW_UPDATE = """
-import time
+import atexit, threading, time
 from pathlib import Path
 import torch
 from helpers import alpha, messages
@@ -475,25 +475,29 @@ def slowly(*_):
     time.sleep(0.5)
 def note(memory):
     load(memory)
-    written.write_text(str(model._turns))
+    written.write_text(f"{model._turns + 1} {threading.current_thread().name}")
 model.memory_attention.register_forward_pre_hook(slowly)
 load, model.stm.load = model.stm.load, note
 """
 
+TALK = "list(model.interact(message, max_seq_len=12, async_memory=True))"
 ENDINGS = {
-    "end": "",
-    "SystemExit in the middle": "next(model.interact(message, max_seq_len=12, async_memory=True)); raise SystemExit",
-    "error": "raise ValueError('the end')",
+    "end": ("", "1 memory update"),
+    "SystemExit in the middle": (f"{TALK.replace('list', 'next')}; raise SystemExit", "2 memory update"),
+    "error": ("raise ValueError('the end')", "1 memory update"),
+    "a last word": (f"atexit.register(lambda: {TALK})", "2 MainThread"),
+    "another thread": (f"threading.Thread(target=lambda: [time.sleep(1), {TALK}]).start()", "2 memory update"),
 }
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_an_exit_finishes_the_update(ending: str, tmp_path: Path) -> None:
-    talk = "list(model.interact(message, max_seq_len=12, async_memory=True))\nassert not written.exists()\n"
-    done = run_program(SLOW_UPDATE + talk + ENDINGS[ending], tmp_path / "written")
+    last_lines, written = ENDINGS[ending]
+    program = f"{SLOW_UPDATE}{TALK}\nassert not written.exists()\n{last_lines}"
+    done = run_program(program, tmp_path / "written")
     assert done.returncode == (1 if ending == "error" else 0), done.stderr
     assert ("ValueError: the end" in done.stderr) == (ending == "error")
-    assert (tmp_path / "written").exists()
+    assert (tmp_path / "written").read_text() == written
 
 
 def test_an_answer_that_is_open_at_the_exit_keeps_nobody_waiting(tmp_path: Path) -> None:

@@ -74,6 +74,11 @@ class _Parts:
     def text(self, name: str) -> str:
         return "".join(self.texts[name]).strip()
 
+    def exchange(self, turn: int, message: str, stopped: bool) -> Exchange:
+        return Exchange(
+            turn, message, self.text("answer"), self.text("thinking"), self.text("tool_call"), stopped=stopped
+        )
+
 
 class ChatSession:
     """One conversation with one model, and the file that keeps it.
@@ -261,19 +266,10 @@ class ChatSession:
                 # From here on the interaction is written and saved; Ctrl-C waits, or the background is not touched by it.
                 with self._interrupts.shielded():
                     result.seconds = time.perf_counter() - started
-                    self._show(
-                        parts, model.stringify_token(MEMORY_UPDATE_START)
-                    )  # bytes of a character that was cut off
+                    # The bytes of a character that was cut off.
+                    self._show(parts, model.stringify_token(MEMORY_UPDATE_START))
                     self._write("\n")
-                    exchange = Exchange(
-                        turns + 1,
-                        message,
-                        parts.text("answer"),
-                        parts.text("thinking"),
-                        parts.text("tool_call"),
-                        stopped,
-                    )
-                    self._finish(stream, result, exchange)
+                    self._finish(stream, result, parts.exchange(turns + 1, message, stopped))
         except KeyboardInterrupt:
             with self._interrupts.shielded():
                 with contextlib.suppress(MemoryUpdateError):
