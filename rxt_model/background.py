@@ -58,6 +58,10 @@ class BackgroundTask:
     :func:`rxt_kernels.use_backend`. The thread is no daemon: an interpreter that exits finishes the work first. A failure that
     nobody waited for is logged, at the latest at the exit.
 
+    The thread ends with its work and is not kept for the next: OpenMP gives every thread that computes helpers of its own,
+    and where all of them are more than the processors, libgomp puts them to sleep between two operations. Beside an idle
+    thread that had computed, eager decoding on two cores was measured to take 1.4 times as long, an update 2.3 times.
+
     Args:
         work: what to do.
         device: where it computes.
