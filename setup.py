@@ -6,7 +6,9 @@ fails, the installation succeeds without it, and ``rxt_kernels/_native_build.txt
 The benchmark suite lives in ``benchmarks/`` and is installed as ``rxt_benchmarks``, so that ``rxt bench`` finds it without
 taking a general name in site-packages.
 
-Environment: ``RXT_NATIVE_SETS`` limits the instruction sets and ``CXX`` names the compiler. ``RXT_NATIVE_SANITIZE``
+A wheel has every instruction set of its architecture; an editable or in-place build has those of this machine.
+
+Environment: ``RXT_NATIVE_SETS`` names the instruction sets and ``CXX`` names the compiler. ``RXT_NATIVE_SANITIZE``
 (``address,undefined``) builds with sanitizers, ``RXT_NATIVE_EMULATE=1`` with AVX-512 written out in plain C++; such builds are
 for tests and go to another folder by ``--build-lib`` (see the Makefile).
 """
@@ -27,13 +29,12 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
 FLAGS = {
     "portable": "",
-    "avx2": "-mavx2 -mfma -mf16c",
+    "avx2": "-mavx2 -mfma",
     "avx512": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
     "avx512_bf16": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16 "
     "-mprefer-vector-width=512",
 }
 """Compiler flags of every instruction set, in rising order."""
-
 
 SANITIZE = os.environ.get("RXT_NATIVE_SANITIZE", "")
 EMULATE = os.environ.get("RXT_NATIVE_EMULATE", "") == "1"
@@ -43,10 +44,21 @@ class BuildError(Exception):
     """The extension cannot be built; the message says why."""
 
 
-def instruction_sets() -> list[str]:
-    """The instruction sets to build for."""
+def _runs_here(name: str) -> bool:
+    """Whether this processor has what an instruction set needs, as far as Linux tells; elsewhere it is taken to."""
+    try:
+        processor = set(Path("/proc/cpuinfo").read_text(encoding="ascii").replace("_", "").split())
+    except (OSError, UnicodeDecodeError):
+        return True
+    return all(flag.removeprefix("-m") in processor or flag.startswith("-mprefer") for flag in FLAGS[name].split())
+
+
+def instruction_sets(for_this_machine: bool) -> list[str]:
+    """The instruction sets to build for: all of the architecture, or those that this machine can run."""
     known = list(FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["portable"]
-    wanted = [name for name in os.environ.get("RXT_NATIVE_SETS", "").split(",") if name] or known
+    wanted = [name for name in os.environ.get("RXT_NATIVE_SETS", "").split(",") if name]
+    if not wanted:
+        return [name for name in known if not for_this_machine or _runs_here(name)]
     if unknown := [name for name in wanted if name not in known]:
         raise BuildError(
             f"RXT_NATIVE_SETS names {', '.join(unknown)}; this machine's compiler builds {', '.join(known)}."
@@ -62,14 +74,13 @@ def compiler() -> str:
     raise BuildError("no C++ compiler was found (g++, clang++ or c++; the environment variable CXX may name another).")
 
 
-def ninja_file(target: Path) -> str:
+def ninja_file(target: Path, sets: list[str]) -> str:
     """What ninja is to do: kernels once per instruction set, everything else once."""
     import pybind11
 
-    sets = instruction_sets()
     flags = ["-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
     sanitized = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
-    flags += ["-O1", "-g", "-fno-omit-frame-pointer", *sanitized] if SANITIZE else ["-O3", "-DNDEBUG"]
+    flags += ["-g", "-fno-omit-frame-pointer", *sanitized] if SANITIZE else ["-DNDEBUG"]
     flags += ["-DRXT_EMULATE_AVX512", "-Wno-psabi"] if EMULATE else []
     flags += [f"-I{SOURCES}", *(f"-DRXT_BUILD_{name}" for name in sets)]
     python = [f"-isystem {sysconfig.get_path('include')}", f"-isystem {pybind11.get_include()}"]
@@ -93,12 +104,12 @@ def ninja_file(target: Path) -> str:
     once = [SOURCES / "bindings.cpp", *sorted(SOURCES.glob("core/*.cpp")), *sorted(SOURCES.glob("*/bindings.cpp"))]
     kernels = sorted(set(SOURCES.glob("*/*.cpp")) - set(once))
     for source in once:
-        compile_once(source, "once", " ".join(python))
+        compile_once(source, "once", " ".join(["-O1", *python]))  # nothing in them takes time, but compiling them
     # Lowest first: where the linker finds one function several times, it keeps the first.
     for name in sets:
         for source in kernels:
             own = FLAGS["avx2"] if EMULATE and name.startswith("avx512") else FLAGS[name]
-            compile_once(source, name, f"{own} -DRXT_INSTRUCTION_SET={name}")
+            compile_once(source, name, f"{'-O1' if SANITIZE else '-O3'} {own} -DRXT_INSTRUCTION_SET={name}")
     lines.append(f"build {target}: link {' '.join(objects)}")
     return "\n".join([*lines, ""])
 
@@ -130,7 +141,8 @@ class NinjaBuild(build_ext):
             raise BuildError(f"the Python package {error.name} is needed to build and is not installed.") from error
         folder = ROOT / "build" / ("native" + ("-sanitized" if SANITIZE else "") + ("-emulated" if EMULATE else ""))
         folder.mkdir(parents=True, exist_ok=True)
-        text = ninja_file(target)
+        # An editable installation stays on this machine, a wheel travels.
+        text = ninja_file(target, instruction_sets(self.inplace or self.editable_mode))
         plan = folder / "build.ninja"
         if not plan.exists() or plan.read_text(encoding="utf-8") != text:
             plan.write_text(text, encoding="utf-8")
