@@ -82,8 +82,8 @@ def ninja_file(target: Path, sets: list[str]) -> str:
     sanitized = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
     flags += ["-g", "-fno-omit-frame-pointer", *sanitized] if SANITIZE else ["-DNDEBUG"]
     flags += ["-DRXT_EMULATE_AVX512", "-Wno-psabi"] if EMULATE else []
-    flags += [f"-I{SOURCES}", *(f"-DRXT_BUILD_{name}" for name in sets)]
-    python = [f"-isystem {sysconfig.get_path('include')}", f"-isystem {pybind11.get_include()}"]
+    flags += [*(f"-DRXT_BUILD_{name}" for name in sets)]
+    python = [f"-I{SOURCES}", f"-isystem {sysconfig.get_path('include')}", f"-isystem {pybind11.get_include()}"]
     link = ["-shared", "-fopenmp", *sanitized]
     lines = [
         f"cxx = {compiler()}",
@@ -92,24 +92,32 @@ def ninja_file(target: Path, sets: list[str]) -> str:
         "  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
+        "rule precompile",
+        "  command = $cxx $flags $more -MMD -MF $out.d -x c++-header $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
         "rule link",
         f"  command = $cxx {' '.join(link)} $in -o $out",
     ]
     objects = []
 
-    def compile_once(source: Path, folder: str, more: str) -> None:
+    def compile_once(source: Path, folder: str, more: str, after: str = "") -> None:
         objects.append(f"{folder}/{source.relative_to(SOURCES).with_suffix('.o')}")
-        lines.extend([f"build {objects[-1]}: compile {source}", f"  more = {more}"])
+        lines.extend([f"build {objects[-1]}: compile {source}{after}", f"  more = {more}"])
 
     once = [SOURCES / "bindings.cpp", *sorted(SOURCES.glob("core/*.cpp")), *sorted(SOURCES.glob("*/bindings.cpp"))]
     kernels = sorted(set(SOURCES.glob("*/*.cpp")) - set(once))
+    # Where the compiler looks first for core/python.h, it finds the precompiled one; clang looks on.
+    more = " ".join(["-O1", *python])  # nothing in bindings takes time, but compiling them
+    lines.extend([f"build precompiled/core/python.h.gch: precompile {SOURCES / 'core/python.h'}", f"  more = {more}"])
     for source in once:
-        compile_once(source, "once", " ".join(["-O1", *python]))  # nothing in them takes time, but compiling them
+        compile_once(source, "once", f"-Iprecompiled {more}", " | precompiled/core/python.h.gch")
     # Lowest first: where the linker finds one function several times, it keeps the first.
     for name in sets:
         for source in kernels:
             own = FLAGS["avx2"] if EMULATE and name.startswith("avx512") else FLAGS[name]
-            compile_once(source, name, f"{'-O1' if SANITIZE else '-O3'} {own} -DRXT_INSTRUCTION_SET={name}")
+            optimise = "-O1" if SANITIZE else "-O3"
+            compile_once(source, name, f"-I{SOURCES} {optimise} {own} -DRXT_INSTRUCTION_SET={name}")
     lines.append(f"build {target}: link {' '.join(objects)}")
     return "\n".join([*lines, ""])
 

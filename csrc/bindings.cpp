@@ -1,7 +1,6 @@
 // The extension module rxt_kernels._native: every room binds its own functions.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "core/python.h"
 
 #include "core/instruction_set.h"
 

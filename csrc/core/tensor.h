@@ -2,7 +2,7 @@
 // every version of it, and no address ever passes through Python.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include "core/python.h"
 
 #include <array>
 #include <cstdint>
