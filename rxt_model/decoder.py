@@ -22,11 +22,13 @@ class HiddenStates(NamedTuple):
     """What the layers of a component return.
 
     ``hidden`` is (B, T, D) in front of the vocabulary head; ``load_balance_loss`` is a scalar, the mean over every
-    mixture-of-experts layer (spec 7, defect 40), or None for a dense model.
+    mixture-of-experts layer (spec 7, defect 40), or None for a dense model. ``layer_losses`` of a causal model are those
+    of its layers in the order in which they run, None for a dense one.
     """
 
     hidden: Tensor
     load_balance_loss: Tensor | None
+    layer_losses: tuple[Tensor | None, ...] = ()
 
 
 def mean_of_losses(losses: Sequence[Tensor | None]) -> Tensor | None:
@@ -81,7 +83,7 @@ class CausalNetwork(nn.Module):
                 memory=None if memory_index is None else memory[memory_index],
             )
             losses.append(loss)
-        return HiddenStates(x, mean_of_losses(losses))
+        return HiddenStates(x, mean_of_losses(losses), tuple(losses))
 
 
 class DecoderNetwork(CausalNetwork):

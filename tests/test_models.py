@@ -785,7 +785,7 @@ def test_encoders_refuse_what_only_decoders_have(field: str, value: object) -> N
 
 def test_an_encoder_with_experts_tells_its_load_balance_loss() -> None:
     encoder = RxTEncoder(encoder_config(use_moe=True, num_experts=4, moe_top_k=2, num_shared_experts=0))
-    states, loss = encoder.hidden_states(ids_of([5]))
+    states, loss, _ = encoder.hidden_states(ids_of([5]))
     assert torch.equal(states, encoder(ids_of([5])))
     assert loss is not None
     assert loss.requires_grad

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from rxt_model.checkpoint.errors import CheckpointError
 from rxt_model.checkpoint.inference import ComponentFile
-from rxt_model.checkpoint.reader import SafetensorsFile
 
-__all__ = ["settle_rotary_base"]
+__all__ = ["StoredTensors", "settle_rotary_base"]
 
 #: Relative error of a stored frequency; half-precision files hold rounded ones (spec section 3.4).
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 
 
-def settle_rotary_base(file: ComponentFile, fields: dict[str, Any], weights: SafetensorsFile) -> None:
+class StoredTensors(Protocol):
+    """Where tensors are read from: a file, or a live model."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+
+
+def settle_rotary_base(file: ComponentFile, fields: dict[str, Any], weights: StoredTensors) -> None:
     """Sets `rope_base` so that it explains the stored frequencies; they themselves are computed anew (spec 2.2).
 
     Upstream's ``update_max_len`` can change the base without the configuration learning of it, so where the two differ

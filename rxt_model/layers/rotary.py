@@ -41,13 +41,20 @@ class RotaryPositions:
 
         Args:
             positions: any shape, integer.
-            dtype: dtype of the queries and keys, used when ``angle_dtype`` is ``match``.
+            dtype: dtype of the input that queries and keys are projected from. Where ``angle_dtype`` is ``match``, angles
+                get the dtype of the projections, which under autocast is another.
 
         Returns:
             ``positions.shape + (head_dim / 2,)``, float32 or ``dtype``.
         """
         angles = positions[..., None].to(torch.float32) * self._frequencies(positions.device)
-        return angles.to(dtype) if self.angle_dtype == "match" else angles
+        return angles.to(_projected(dtype, angles.device)) if self.angle_dtype == "match" else angles
+
+
+def _projected(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that a linear layer on input of `dtype` answers in: autocast's, where it is on."""
+    casts = dtype is not torch.float64 and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if casts else dtype
 
 
 def rotary_positions(config: TransformerConfig) -> RotaryPositions | None:

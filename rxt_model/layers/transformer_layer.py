@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from rxt_model.cache import LayerCache, MemoryKeyValue
@@ -43,7 +44,8 @@ class TransformerLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.reads_memory = reads_memory
-        self.padding = config.padding
+        self.padding: str = config.padding
+        """As configured, or one of the two in :meth:`_read`, for the parity of whoever sets it."""
         self.attention = SparseQueryAttention(
             config.embed_dim,
             config.head_dim,
@@ -86,6 +88,20 @@ class TransformerLayer(nn.Module):
         """Keys and values of this layer's memory (1 or B, S, D), to be used until the memory changes."""
         return MemoryKeyValue(*self.memory_cross_attention.project_memory(self.stm_norm(memory)))
 
+    def _read(self, query: Tensor, memory: MemoryKeyValue, angles: Tensor | None, kept: Tensor | None) -> Tensor:
+        """The memory read. Upstream's decoders show padded tokens to those behind them, and so what padded tokens read counts:
+
+        * padding "rows_of_zeros", since 0.3.32: their queries are zero;
+        * padding "nothing_read", before: they read nothing, and get the bias of the output projection.
+        """
+        if kept is not None and self.padding == "rows_of_zeros":
+            query = query * kept.to(query.dtype)
+        read: Tensor = self.memory_cross_attention(query, memory.key, memory.value, angles)
+        if kept is None or self.padding != "nothing_read":
+            return read
+        bias = self.memory_cross_attention.out_proj.bias
+        return torch.where(kept, read, torch.zeros_like(read) if bias is None else bias.to(read.dtype))
+
     def forward(
         self,
         x: Tensor,
@@ -107,14 +123,14 @@ class TransformerLayer(nn.Module):
             memory: projected memory; None skips the read.
         """
         attended = self.norm1(x)
-        key_mask = attention_mask
-        if attention_mask is not None and self.padding == "dilute":
+        key_mask = attention_mask if self.padding == "mask" else None
+        kept = None if attention_mask is None else attention_mask[..., None]
+        if kept is not None and self.padding == "dilute":
             # What flash attention upstream sees: padded keys stay visible, as rows of zeros (spec 2.5).
-            attended = attended * attention_mask[..., None].to(attended.dtype)
-            key_mask = None
+            attended = attended * kept.to(attended.dtype)
         x = x + self.attention(attended, angles, causal=causal, key_mask=key_mask, cache=cache)
         if memory is not None:
-            x = x + self.memory_cross_attention(self.norm2(x), memory.key, memory.value, angles)
+            x = x + self._read(self.norm2(x), memory, angles, kept)
         transformed = self.ff(getattr(self, self._feed_forward_norm)(x))
         if isinstance(transformed, Tensor):
             return LayerOutput(x + transformed, None)

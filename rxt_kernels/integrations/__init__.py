@@ -1,0 +1,1 @@
+"""Drop-in backends for other libraries, one module each."""

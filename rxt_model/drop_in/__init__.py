@@ -1,0 +1,13 @@
+"""The drop-in for the upstream library `rxlm`: its models, computed here (`rxt_kernels.integrations.rxlm` is the door).
+
+* `recognition` finds upstream's components in a module, by class names and nothing else of upstream's;
+* `structure` builds the same component of this package on the meta device, by the rules of checkpoints;
+* `binding` gives it upstream's own parameters;
+* `accelerated` has upstream's arguments and results around it, and takes the place of upstream's methods;
+* `comparison` asks both the same before that happens; `report` says what came of it.
+"""
+
+from rxt_model.drop_in.acceleration import accelerate, restore
+from rxt_model.drop_in.report import NothingAcceleratedError, Replaced, Report, Skipped
+
+__all__ = ["NothingAcceleratedError", "Replaced", "Report", "Skipped", "accelerate", "restore"]

@@ -1,0 +1,90 @@
+"""Asking upstream's own forward pass and ours the same question, before one takes the place of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rxt_model.config import MemoryAttentionConfig, MLMHeadConfig
+from rxt_model.drop_in.accelerated import AcceleratedNetwork
+from rxt_model.gradients import no_gradients
+
+__all__ = ["difference_to_upstream", "tolerance"]
+
+_ROWS, _TIME = 2, 9
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The largest difference that rounding explains.
+
+    In half precision a router near a tie sends a token to another expert, which is no error and changes that token.
+    """
+    return 0.2 if dtype in (torch.bfloat16, torch.float16) else 1e-4
+
+
+@no_gradients()
+def difference_to_upstream(accelerated: AcceleratedNetwork[Any]) -> float:
+    """Norm of the difference between our output and upstream's, over the norm of upstream's, in evaluation mode.
+
+    The input is random and has no padding. Memory, modes and the state of random numbers are as before afterwards.
+    """
+    arguments = _arguments(accelerated)
+    answers = []
+    with _evaluating(accelerated.network):
+        for forward in (accelerated.original("forward"), cast(Any, accelerated).forward):
+            with _memory_kept(accelerated.network):
+                found = forward(*arguments)
+            answers.append((found if isinstance(found, Tensor) else found[-1]).double())
+    theirs, ours = answers
+    return float(torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs))
+
+
+def _arguments(accelerated: AcceleratedNetwork[Any]) -> tuple[Tensor, ...]:
+    config = accelerated.ours().config
+    weight = next(accelerated.network.parameters())
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(weight)
+
+    if isinstance(config, MLMHeadConfig):
+        return (normal(_ROWS, _TIME, config.embed_dim),)
+    memory = getattr(getattr(accelerated.network, "stm", None), "memory", None)
+    stored = 1 if memory is None else memory.shape[1]
+    time = min(_TIME, config.seq_len)
+    if isinstance(config, MemoryAttentionConfig):  # upstream's wants as many rows as the memory has
+        encoded = normal(config.num_layers, stored, time, config.embed_dim)
+        return encoded, torch.ones(stored, time, dtype=torch.bool, device=weight.device)
+    rows = _ROWS if stored == 1 else stored
+    ids = torch.randint(config.vocab_size, (rows, time), generator=generator).to(weight.device)
+    return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """In evaluation mode, with the mode of every module restored, since they may differ."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _memory_kept(network: nn.Module) -> Iterator[None]:
+    """Whatever is committed to the memory inside of the block is undone behind it."""
+    store: Any = getattr(network, "stm", None)
+    before: Any = getattr(store, "memory", None)
+    values = None if before is None else before.detach().clone()
+    try:
+        yield
+    finally:
+        if before is not None:
+            before.data.copy_(values)
+            store.memory = before
