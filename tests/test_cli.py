@@ -205,7 +205,8 @@ def test_examples(name: str) -> None:
         (("train",), ("RECIPE",)),
         (("train", "giant"), ("giant", "demo")),
         (("train", "demo", "--steps", "0"), ("--steps", "integer of at least 1")),
-        (("doctor", "surplus"), ("surplus",)),
+        (("doctor", "./absent"), ("absent", "no directory")),
+        (("doctor", "demo", "surplus"), ("surplus",)),
         (("demo", "--model", "./absent"), ("absent",)),
     ],
 )

@@ -14,7 +14,7 @@ from rxt_model.cli.errors import UserError
 if TYPE_CHECKING:
     from rxt_model.checkpoint.hub import PretrainedModel
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "model_classes", "run"]
 
 _EPILOG = """\
 PRESET is a name of the list that `rxt info` prints, or a component of one, such as rxt-beta-micro/encoder; `demo` is the
@@ -106,7 +106,7 @@ def _checkpoint(name: str, directory: Path) -> dict[str, Any]:
 
     component = component_of(directory)
     # On the meta device: every check that loading makes, and no weights kept.
-    model = _classes()[component].from_pretrained(directory, device="meta")
+    model = model_classes()[component].from_pretrained(directory, device="meta")
     with SafetensorsFile(find_weights(directory)) as weights:
         tensors = [
             {"name": entry.name, "dtype": str(entry.dtype).removeprefix("torch."), "shape": list(entry.shape)}
@@ -128,7 +128,8 @@ def _checkpoint(name: str, directory: Path) -> dict[str, Any]:
     }
 
 
-def _classes() -> Mapping[str, type[PretrainedModel]]:
+def model_classes() -> Mapping[str, type[PretrainedModel]]:
+    """The class for every kind of checkpoint."""
     import rxt_model as package
 
     classes: tuple[type[PretrainedModel], ...] = (
