@@ -10,6 +10,7 @@ namespace rxt {
 
 void bind_machine_limits(py::module_&);
 void bind_matmul(py::module_&);
+void bind_memory_update(py::module_&);
 void bind_rms_norm(py::module_&);
 void bind_sparse_query_attention(py::module_&);
 
@@ -26,6 +27,7 @@ PYBIND11_MODULE(_native, module) {
     module.def("use_instruction_set", &rxt::use_instruction_set, py::arg("name"));
     rxt::bind_machine_limits(module);
     rxt::bind_matmul(module);
+    rxt::bind_memory_update(module);
     rxt::bind_rms_norm(module);
     rxt::bind_sparse_query_attention(module);
 }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rxt_kernels import native_runtime, triton_runtime
 from rxt_kernels.checks import alike, floating, probability, refuse_device, refuse_shape, refuse_type, refuse_value
 from rxt_kernels.dispatch import Operation
 from rxt_kernels.memory_update.parameters import (
@@ -26,18 +27,24 @@ from rxt_kernels.memory_update.reference import (
     residual_gate_reference,
 )
 from rxt_kernels.rotary.op import check_layout
-from rxt_kernels.triton_runtime import available
 
 _RESIDUAL_GATE = Operation("residual_gate", residual_gate_reference)
 _MEMORY_NORM = Operation("memory_norm", memory_norm_reference)
 _MEMORY_UPDATE = Operation("memory_update", memory_update_reference)
 
-if available():
+if triton_runtime.available():
     from rxt_kernels.memory_update import triton
 
     _RESIDUAL_GATE.register("triton", triton.residual_gate_triton, triton.supports_gate, devices=("cuda",))
     _MEMORY_NORM.register("triton", triton.memory_norm_triton, triton.supports_norm, devices=("cuda",))
     _MEMORY_UPDATE.register("triton", triton.memory_update_triton, triton.supports, devices=("cuda",))
+
+if native_runtime.available():
+    from rxt_kernels.memory_update import native
+
+    _RESIDUAL_GATE.register("native", native.residual_gate_native, native.supports_gate, devices=("cpu",))
+    _MEMORY_NORM.register("native", native.memory_norm_native, native.supports_norm, devices=("cpu",))
+    _MEMORY_UPDATE.register("native", native.memory_update_native, native.supports, devices=("cpu",))
 
 
 def _names(names: Sequence[str]) -> str:

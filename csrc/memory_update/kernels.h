@@ -1,0 +1,52 @@
+// The elementwise parts of the memory write: residual gates and memory norms (rxt_kernels/memory_update/reference.py has the
+// formulas). Tensors are (batch, slots, width), contiguous.
+#pragma once
+
+#include <cstdint>
+
+#include "core/instruction_set.h"
+#include "core/types.h"
+
+namespace rxt {
+
+enum class GateKind { add, replace, constant, elementwise, linear };  // `constant` is "static", a keyword here
+
+struct ResidualGate {
+    DType dtype;  // of old, new_values and out; parameters are fp32
+    GateKind kind;
+    bool tanh;  // else sigmoid
+    bool per_slot;
+    int64_t batch, slots, width;
+    const void* old;
+    const void* new_values;
+    const float* weight;         // constant, elementwise: (slots,) or (1,); linear: (slots, slots) or (1, slots); else null
+    const float* bias;           // linear: (slots,) or (1,); else null
+    const float* status_weight;  // (width,): the status of a slot is a linear function of it instead of its mean; or null
+    float status_bias;
+    float* status;  // scratch, (batch, slots)
+    void* out;
+};
+
+enum class MemoryNormKind { plain, layer };
+
+// out = mix * normed + (1 - mix) * x, mix = sigmoid(gate), with
+//     plain    normed = x / sqrt(r + 1e-6) * scale,  r = sqrt(mean of x^2), or what is given
+//     layer    normed = (standardised x * weight + bias) * scale
+struct MemoryNorm {
+    DType dtype;
+    MemoryNormKind kind;
+    int64_t rows, slots, width;
+    const void* x;
+    const float* scale;  // (width,) or, per slot, (slots,)
+    bool scale_per_slot;
+    const float* gate;  // one value or (slots,)
+    bool gate_per_slot;
+    const float* given_rms;  // one per slot, instead of the row's own; or null
+    const float* weight;     // layer: (width,), else null
+    const float* bias;       // layer: (width,), else null
+    void* out;
+};
+
+RXT_FOR_EVERY_SET(void residual_gate(const ResidualGate&); void memory_norm(const MemoryNorm&);)
+
+}  // namespace rxt
