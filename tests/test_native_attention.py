@@ -1,7 +1,7 @@
 """Attention by the native kernels against its definition, on every instruction set.
 
-Shapes are chosen for where the kernels cut their work: panels of 16 or 32 keys, tiles of 6 or 12 queries, key blocks of 192,
-query blocks of 48, parts of 256 keys where queries are few.
+Shapes are chosen for where the kernels cut their work: panels of 16 or 32 keys, tiles of 6 or 12 queries, blocks of 192
+keys and 48 queries (48 or 192 and 24 or 48 in the backward pass), parts of 256 keys where queries are few.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rxt_kernels import memory_cross_attention, sparse_query_attention
-from rxt_kernels.testing import VIEWS, assert_accurate
+from rxt_kernels import memory_cross_attention, native_runtime, sparse_query_attention
+from rxt_kernels.testing import GRADIENT_FACTOR, OUTPUT_FACTOR, VIEWS, assert_accurate
 
 pytestmark = pytest.mark.usefixtures("every_instruction_set")
 
@@ -23,16 +23,25 @@ TIMES = [(1, 1), (1, 7), (5, 5), (7, 3), (13, 33), (1, 600), (3, 300), (66, 211)
 
 
 def compare(operation: Any, sides: list[Tensor], **options: Any) -> None:
-    """The output of the kernels against the definition in float64, by what eager torch does at this dtype."""
-    for dtype in DTYPES:
-        given = [side.to(dtype) for side in sides]
-        exact_options = {
-            name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    """Outputs and gradients of the kernels against the definition in float64, by what eager torch does at this dtype."""
+    heads = max(sides[0].shape[2], sides[1].shape[2])
+    incoming = torch.randn(*sides[0].shape[:2], heads, sides[0].shape[3])
+
+    def run(dtype: torch.dtype, rounded: torch.dtype, backend: str) -> list[Tensor]:
+        leaves = [side.to(rounded).to(dtype).requires_grad_() for side in sides]
+        own = {
+            name: value.to(dtype if dtype is torch.float64 else value.dtype)
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
             for name, value in options.items()
         }
-        exact = operation(*(side.double() for side in given), backend="reference", **exact_options)
-        eager = operation(*given, backend="reference", **options)
-        assert_accurate(operation(*given, backend="native", **options), eager, exact)
+        out = operation(*leaves, backend=backend, **own)
+        return [out.detach(), *torch.autograd.grad(out, leaves, incoming.to(rounded).to(dtype))]
+
+    for dtype in DTYPES:
+        found = run(dtype, dtype, "native"), run(dtype, dtype, "reference"), run(torch.float64, dtype, "reference")
+        for index, (actual, eager, exact) in enumerate(zip(*found, strict=True)):
+            assert_accurate(actual, eager, exact, factor=OUTPUT_FACTOR if index == 0 else GRADIENT_FACTOR)
 
 
 def draw(
@@ -74,11 +83,8 @@ def test_hidden_keys(times: tuple[int, int], causal: bool) -> None:
 @pytest.mark.parametrize("head_dim", [16, 10])
 def test_rotation(layout: str, times: tuple[int, int], head_dim: int) -> None:
     query_angles, key_angles = 9 * torch.rand(times[0], head_dim // 2), 9 * torch.rand(2, times[1], head_dim // 2)
-    for angles in (
-        {"query_angles": query_angles},
-        {"key_angles": key_angles},
-        {"query_angles": query_angles, "key_angles": key_angles},
-    ):
+    sides: list[dict[str, Any]] = [{"query_angles": query_angles}, {"key_angles": key_angles}]
+    for angles in (*sides, {**sides[0], **sides[1]}):
         compare(
             sparse_query_attention, draw(2, times, (4, 2), head_dim), causal=True, rotary_layout=layout, **angles
         )  # fmt: skip
@@ -140,15 +146,66 @@ def test_large_scores_stay_finite() -> None:
     compare(sparse_query_attention, [40 * query, 40 * key, value])
 
 
-@pytest.mark.parametrize("times", [(1, 2000), (150, 150)])
+@pytest.mark.parametrize("times", [(1, 2000), (150, 150), (20, 500)])
 def test_the_same_for_every_number_of_threads(times: tuple[int, int]) -> None:
-    sides = draw(2, times, (4, 2), 16)
+    sides = [side.requires_grad_() for side in draw(2, times, (4, 2), 16)]
     before, found = torch.get_num_threads(), []
     for threads in (1, 2, 3, 1):
         torch.set_num_threads(threads)
-        found.append(sparse_query_attention(*sides, causal=True, backend="native"))
+        out = sparse_query_attention(*sides, causal=True, backend="native")
+        found.append([out, *torch.autograd.grad(out.square().sum(), sides)])
     torch.set_num_threads(before)
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+def test_hidden_values_have_zero_gradients() -> None:
+    sides = [side.requires_grad_() for side in draw(3, (5, 40), (4, 2), 16)]
+    lengths = torch.tensor([0, 17, 40])
+    out = sparse_query_attention(*sides, key_lengths=lengths, backend="native")
+    to_query, *to_keys = torch.autograd.grad(out.square().sum(), sides)
+    assert bool((to_query[0] == 0).all())
+    assert all(bool((gradient[0] == 0).all()) and bool((gradient[1, 17:] == 0).all()) for gradient in to_keys)
+
+
+def test_traces_and_checks_as_an_operation() -> None:
+    from rxt_kernels.sparse_query_attention import native
+
+    sides = [side.requires_grad_() for side in draw(2, (5, 7), (4, 2), 8)]
+    tables = (torch.rand(5, 4), torch.rand(5, 4), None, None)
+    torch.library.opcheck(native._attention, (*sides, True, None, None, *tables, True, 0.3))
+    compiled = torch.compile(
+        lambda *sides: sparse_query_attention(*sides, backend="native"), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(*sides), sparse_query_attention(*sides, backend="native"))
+
+
+def test_the_extension_refuses_what_does_not_fit() -> None:
+    extension = native_runtime.extension
+    query, key, value = draw(2, (3, 5), (4, 2), 8)
+    names = ("query", "key", "value", "causal", "key_mask", "key_lengths", "query_cosine", "query_sine", "key_cosine",
+             "key_sine", "split", "scale", "out", "softmax_sums")  # fmt: skip
+    values = (query, key, value, False, None, None, None, None, None, None, False, 1.0, torch.empty_like(query), None)
+    good = dict(zip(names, values, strict=True))
+    extension.attention_forward(**good)
+    changes: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"query": query.double()}, TypeError, "query has a dtype"),
+        ({"key": key.bfloat16()}, TypeError, "key is bfloat16; accepted is float32"),
+        ({"key": key[:1]}, ValueError, r"key has shape \(1, 5, 2, 8\); accepted is \(2, any, any, 8\)"),
+        ({"value": value[:, :4]}, ValueError, r"value has shape .* accepted is \(2, 5, 2, 8\)"),
+        ({"value": value.transpose(1, 3).contiguous().transpose(1, 3)}, ValueError, "value has stride"),
+        ({"key": key[:, :, :1].expand(2, 5, 3, 8), "value": value[:, :, :1].expand(2, 5, 3, 8)}, ValueError,
+         "one divides the other"),
+        ({"out": torch.empty(2, 3, 2, 8)}, ValueError, "out has shape"),
+        ({"key_lengths": torch.ones(3, dtype=torch.int64)}, ValueError, "key_lengths has shape"),
+        ({"key_mask": torch.ones(2, 5)}, TypeError, "key_mask is float32; accepted is bool"),
+        ({"query_cosine": torch.ones(3, 4)}, ValueError, "both or neither"),
+        ({"query_cosine": torch.ones(3, 4), "query_sine": torch.ones(2, 4)}, ValueError, "query_sine has shape"),
+        ({"softmax_sums": torch.ones(2, 2, 3, 4)}, ValueError, "softmax_sums has shape"),
+    ]  # fmt: skip
+    for change, error, message in changes:
+        with pytest.raises(error, match=message):
+            extension.attention_forward(**{**good, **change})
 
 
 def test_nothing_to_do() -> None:

@@ -13,7 +13,7 @@ namespace {
 // The tensors of a call, kept alive beside the pointers to them.
 struct Inputs {
     Tensor query, key, value, out;
-    std::optional<Tensor> key_lengths, key_mask, query_cosine, query_sine, key_cosine, key_sine, log_sum;
+    std::optional<Tensor> key_lengths, key_mask, query_cosine, query_sine, key_cosine, key_sine, softmax_sums;
     AttentionForward arguments{};
 };
 
@@ -45,7 +45,7 @@ RotaryTable rotary_table(const std::optional<Tensor>& cosine, const std::optiona
 Inputs check(const py::object& query, const py::object& key, const py::object& value, bool causal, const py::object& key_mask,
              const py::object& key_lengths, const py::object& query_cosine, const py::object& query_sine,
              const py::object& key_cosine, const py::object& key_sine, bool split, double scale, const py::object& out,
-             const py::object& log_sum) {
+             const py::object& softmax_sums) {
     Inputs inputs{Tensor::from_torch(query, "query"),
                   Tensor::from_torch(key, "key"),
                   Tensor::from_torch(value, "value"),
@@ -56,7 +56,7 @@ Inputs check(const py::object& query, const py::object& key, const py::object& v
                   optional_tensor(query_sine, "query_sine"),
                   optional_tensor(key_cosine, "key_cosine"),
                   optional_tensor(key_sine, "key_sine"),
-                  optional_tensor(log_sum, "log_sum")};
+                  optional_tensor(softmax_sums, "softmax_sums")};
     const auto& q = inputs.query.expect({DType::float32, DType::bfloat16}).expect_dimensions(4).expect_contiguous_rows();
     const int64_t batch = q.size(0), query_time = q.size(1), query_heads = q.size(2), head_dim = q.size(3);
     const auto& k = inputs.key.expect(q.dtype()).expect_shape({batch, -1, -1, head_dim}).expect_contiguous_rows();
@@ -73,7 +73,7 @@ Inputs check(const py::object& query, const py::object& key, const py::object& v
     }
     if (inputs.key_lengths) inputs.key_lengths->expect(DType::int64).expect_shape({batch}).expect_contiguous();
     if (inputs.key_mask) inputs.key_mask->expect(DType::boolean).expect_shape({batch, key_time}).expect_contiguous_rows();
-    if (inputs.log_sum) inputs.log_sum->expect(DType::float32).expect_shape({batch, heads, query_time}).expect_contiguous();
+    if (inputs.softmax_sums) inputs.softmax_sums->expect(DType::float32).expect_shape({2, batch, heads, query_time}).expect_contiguous();
     inputs.arguments = {
         q.dtype(), batch, query_time, key_time, query_heads, key_heads, head_dim, static_cast<float>(scale), causal, split,
         q.data(), strides_of(q), k.data(), strides_of(k), inputs.value.data(), strides_of(inputs.value),
@@ -83,20 +83,46 @@ Inputs check(const py::object& query, const py::object& key, const py::object& v
         rotary_table(inputs.query_cosine, inputs.query_sine, batch, query_time, head_dim),
         rotary_table(inputs.key_cosine, inputs.key_sine, batch, key_time, head_dim),
         inputs.out.data(), strides_of(inputs.out),
-        inputs.log_sum ? inputs.log_sum->data_as<float>() : nullptr};
+        inputs.softmax_sums ? inputs.softmax_sums->data_as<float>() : nullptr};
     return inputs;
 }
 
 void forward(const py::object& query, const py::object& key, const py::object& value, bool causal, const py::object& key_mask,
              const py::object& key_lengths, const py::object& query_cosine, const py::object& query_sine,
              const py::object& key_cosine, const py::object& key_sine, bool split, double scale, const py::object& out,
-             const py::object& log_sum) {
+             const py::object& softmax_sums) {
     const Inputs inputs = check(query, key, value, causal, key_mask, key_lengths, query_cosine, query_sine, key_cosine, key_sine,
-                                split, scale, out, log_sum);
+                                split, scale, out, softmax_sums);
     const auto scratch_size = RXT_KERNEL(attention_forward_scratch);
     const auto kernel = RXT_KERNEL(attention_forward);
     py::gil_scoped_release released;
     kernel(inputs.arguments, Scratch::floats(scratch_size(inputs.arguments)));
+}
+
+void backward(const py::object& query, const py::object& key, const py::object& value, bool causal, const py::object& key_mask,
+              const py::object& key_lengths, const py::object& query_cosine, const py::object& query_sine,
+              const py::object& key_cosine, const py::object& key_sine, bool split, double scale, const py::object& out,
+              const py::object& softmax_sums, const py::object& out_gradient, const py::object& query_gradient,
+              const py::object& key_gradient, const py::object& value_gradient) {
+    const Inputs inputs = check(query, key, value, causal, key_mask, key_lengths, query_cosine, query_sine, key_cosine, key_sine,
+                                split, scale, out, softmax_sums);
+    const AttentionForward& a = inputs.arguments;
+    if (a.softmax_sums == nullptr) throw py::value_error("softmax_sums is None; accepted is what the forward pass wrote.");
+    const auto incoming = Tensor::from_torch(out_gradient, "out_gradient");
+    incoming.expect(a.dtype).expect_shape({a.batch, a.query_time, inputs.out.size(2), a.head_dim}).expect_contiguous_rows();
+    const auto like = [&](const py::object& object, const char* name, int64_t time, int64_t heads) {
+        auto tensor = Tensor::from_torch(object, name);
+        tensor.expect(a.dtype).expect_shape({a.batch, time, heads, a.head_dim}).expect_contiguous();
+        return tensor;
+    };
+    const auto to_query = like(query_gradient, "query_gradient", a.query_time, a.query_heads);
+    const auto to_key = like(key_gradient, "key_gradient", a.key_time, a.key_heads);
+    const auto to_value = like(value_gradient, "value_gradient", a.key_time, a.key_heads);
+    const AttentionBackward arguments{a, incoming.data(), strides_of(incoming), to_query.data(), to_key.data(), to_value.data()};
+    const auto scratch_size = RXT_KERNEL(attention_backward_scratch);
+    const auto kernel = RXT_KERNEL(attention_backward);
+    py::gil_scoped_release released;
+    kernel(arguments, Scratch::floats(scratch_size(arguments)));
 }
 
 }  // namespace
@@ -105,7 +131,12 @@ void bind_sparse_query_attention(py::module_& module) {
     module.def("attention_forward", &forward, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("causal"),
                py::arg("key_mask"), py::arg("key_lengths"), py::arg("query_cosine"), py::arg("query_sine"),
                py::arg("key_cosine"), py::arg("key_sine"), py::arg("split"), py::arg("scale"), py::arg("out"),
-               py::arg("log_sum"));
+               py::arg("softmax_sums"));
+    module.def("attention_backward", &backward, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("causal"),
+               py::arg("key_mask"), py::arg("key_lengths"), py::arg("query_cosine"), py::arg("query_sine"),
+               py::arg("key_cosine"), py::arg("key_sine"), py::arg("split"), py::arg("scale"), py::arg("out"),
+               py::arg("softmax_sums"), py::arg("out_gradient"), py::arg("query_gradient"), py::arg("key_gradient"),
+               py::arg("value_gradient"));
 }
 
 }  // namespace rxt

@@ -56,17 +56,17 @@ inline void write_head(Element* target, int64_t width, const float* source) {
     for (int64_t i = 0; i < width; i += Float::lanes) store_up_to(target + i, load_up_to(source + i, width - i), width - i);
 }
 
-// The sum of weighted values `mixed` becomes the output of a query. A query without keys gives 0, and counts for nothing in the
-// backward pass, where its weights are 2^(score - infinity).
+// The sum of weighted values `mixed` becomes the output of a query; without keys that is 0.
 template <class Element>
 inline void write_result(const AttentionForward& a, int64_t batch, int64_t time, int64_t head, float largest_score, float total,
                          float* mixed) {
     const float share = total == 0.0f ? 0.0f : 1.0f / total;
     for (int64_t i = 0; i < a.head_dim; ++i) mixed[i] *= share;
     write_head(head_at<Element>(a.out, a.out_strides, batch, time, head), a.head_dim, mixed);
-    if (a.log_sum == nullptr) return;
-    a.log_sum[(batch * head_count(a) + head) * a.query_time + time] =
-        total == 0.0f ? __builtin_inff() : largest_score + __builtin_log2f(total);
+    if (a.softmax_sums == nullptr) return;
+    float* sums = a.softmax_sums + (batch * head_count(a) + head) * a.query_time + time;
+    sums[0] = largest_score;
+    sums[a.batch * head_count(a) * a.query_time] = total;
 }
 
 // Turns the pairs of `head` by the angles at (batch, time), in place.

@@ -43,11 +43,13 @@ struct AttentionForward {
     RotaryTable query_rotary, key_rotary;
     void* out;  // max(query_heads, key_heads) heads
     HeadStrides out_strides;
-    float* log_sum;  // (batch, heads, query_time), contiguous: log2 of the sum of exponentials, for the backward pass; or null
+    // (2, batch, heads, query_time), contiguous, for the backward pass; or null: the largest score of each query, as an exponent of
+    // 2, and the sum of 2^(score - largest). One number, their logarithm, would lose the digits that a large score takes.
+    float* softmax_sums;
 };
 
 struct AttentionBackward {
-    AttentionForward forward;  // as it was called, with out and log_sum
+    AttentionForward forward;  // as it was called, with out and softmax_sums
     const void* out_gradient;
     HeadStrides out_gradient_strides;
     void* query_gradient;  // contiguous, all three

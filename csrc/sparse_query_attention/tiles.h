@@ -68,11 +68,12 @@ struct Tile {
     }
 };
 
-// Scores of a tile of queries (width, Rows) and a panel of keys (width, panel). Long heads are summed in pieces, which round less.
+constexpr int64_t piece = 64;  // long heads are summed in pieces, which round less
+
+// Scores of a tile of queries (width, Rows) and a panel of keys (width, panel).
 template <int Rows>
 [[gnu::always_inline]] inline void score_panel(int64_t width, const float* queries, const float* keys, float* scores,
                                                int64_t stride) {
-    constexpr int64_t piece = 64;
     Tile<Rows, tile_vectors> tile;
     tile.clear();
     tile.template multiply<1, Rows>(width < piece ? width : piece, queries, keys, panel);
@@ -83,6 +84,17 @@ template <int Rows>
             width - first < piece ? width - first : piece, queries + first * Rows, keys + first * panel, panel);
         tile.add_to(scores, stride);
     }
+}
+
+// The product of two heads, summed as score_panel does it: equal heads give equal sums.
+inline float dot(int64_t width, const float* a, const float* b) {
+    Float total = zero();
+    for (int64_t first = 0; first < width; first += piece) {
+        Float sum = zero();
+        for (int64_t i = first; i < width && i < first + piece; ++i) sum = multiply_add(broadcast(a[i]), broadcast(b[i]), sum);
+        total = first == 0 ? sum : total + sum;
+    }
+    return largest(total);
 }
 
 // 2^x for x <= 0, within 2e-7; exactly 0 from -127 down, where hidden scores are. NaN stays NaN.

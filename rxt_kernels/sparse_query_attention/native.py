@@ -2,8 +2,9 @@
 
 Keys and values of every head are packed once per call, keys rotated and transposed, so that scores are computed with keys
 along the lanes of a vector; blocks of queries then run over them with a running maximum. A decode step packs nothing and
-reads the filled part of a cache where it lies. The backward pass computes the weights again from the saved logarithms of
-their sums. Both sides are rotated as they are read, by sines and cosines that torch takes in the dtype of the angles.
+reads the filled part of a cache where it lies. The backward pass computes the weights again from the largest score and
+the sum that are saved of each query. Both sides are rotated as they are read, by sines and cosines that torch takes in the
+dtype of the angles.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ def _out_shape(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, options: Options, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """(out, logarithms of sums); the latter where they are wanted."""
+    """(out, largest scores and sums of the softmax); the latter where they are wanted."""
     shape = _out_shape(query, key)
     out = query.new_empty(shape)
-    log_sum = query.new_empty((shape[0], shape[2], shape[1]), dtype=torch.float32) if keep else None
-    extension.attention_forward(*map(_with_neighbours, (query, key, value)), *options, out, log_sum)
-    return out, log_sum
+    softmax_sums = query.new_empty((2, shape[0], shape[2], shape[1]), dtype=torch.float32) if keep else None
+    extension.attention_forward(*map(_with_neighbours, (query, key, value)), *options, out, softmax_sums)
+    return out, softmax_sums
 
 
 @torch.library.custom_op("rxt_kernels::sparse_query_attention_native", mutates_args=())
@@ -69,16 +70,16 @@ def _attention(
     options = Options(
         causal, key_mask, key_lengths, query_cosine, query_sine, key_cosine, key_sine, split, scale
     )  # fmt: skip
-    out, log_sum = _forward(query, key, value, options, True)
-    assert log_sum is not None
-    return out, log_sum
+    out, softmax_sums = _forward(query, key, value, options, True)
+    assert softmax_sums is not None
+    return out, softmax_sums
 
 
 @torch.library.custom_op("rxt_kernels::sparse_query_attention_backward_native", mutates_args=())
 def _attention_backward(
     gradient: Tensor,
     out: Tensor,
-    log_sum: Tensor,
+    softmax_sums: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -95,7 +96,7 @@ def _attention_backward(
     gradients = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
     extension.attention_backward(
         *map(_with_neighbours, (query, key, value)), causal, key_mask, key_lengths, query_cosine, query_sine, key_cosine,
-        key_sine, split, scale, out, log_sum, _with_neighbours(gradient), *gradients,
+        key_sine, split, scale, out, softmax_sums, _with_neighbours(gradient), *gradients,
     )  # fmt: skip
     return gradients
 
@@ -103,12 +104,12 @@ def _attention_backward(
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     shape = _out_shape(query, key)
-    return query.new_empty(shape), query.new_empty((shape[0], shape[2], shape[1]), dtype=torch.float32)
+    return query.new_empty(shape), query.new_empty((2, shape[0], shape[2], shape[1]), dtype=torch.float32)
 
 
 @_attention_backward.register_fake
 def _(
-    gradient: Tensor, out: Tensor, log_sum: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
+    gradient: Tensor, out: Tensor, softmax_sums: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
@@ -120,9 +121,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
-    out, log_sum, query, key, value, *tables = ctx.saved_tensors
+    out, softmax_sums, query, key, value, *tables = ctx.saved_tensors
     found = _attention_backward(
-        gradient, out, log_sum, query, key, value, ctx.causal, *tables, ctx.split, ctx.scale
+        gradient, out, softmax_sums, query, key, value, ctx.causal, *tables, ctx.split, ctx.scale
     )  # fmt: skip
     return (*found, *[None] * 9)
 
@@ -152,8 +153,6 @@ def supports(
     """None, or why this call is not for the native kernels."""
     if dropout:
         return f"dropout is {dropout}; the kernels drop no attention weights."
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return "gradients are asked for, which the kernels do not give yet."
     if query.shape[3] > LARGEST_HEAD or not query.shape[3]:
         return f"heads have {query.shape[3]} values; the kernels take 1 to {LARGEST_HEAD}."
     return (
