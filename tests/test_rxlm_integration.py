@@ -80,9 +80,16 @@ def _requests(version: str) -> list[dict[str, Any]]:
     full = known[FULL]
     found += [
         request(check, full)
-        for check in ("restoring", "copying", "saving", "exchanging", "refusing")
+        for check in ("restoring", "copying", "saving", "exchanging", "refusing", "calling")
     ]  # fmt: skip
     found += [request("restoring", known["decoder-sqa"]), request("inside", known["decoder-sqa"])]
+    parts = {
+        "decoder": "decoder-sqa",
+        "encoder": "encoder-plain",
+        "memory": "variant-simple-linear",
+        "head": "mlm-head",
+    }
+    found += [{"name": "trainers", "check": "trainers", **{part: known[name] for part, name in parts.items()}}]
     found += [request("lying", known["decoder-sqa"])]
     dropped = part("dropout", "decoder", "RxTDecoder", {**COMPONENT, "ff_dropout": 0.5, "att_dropout": 0.3})
     found += [request("dropping", dropped)]
@@ -285,6 +292,24 @@ def test_reasons_are_sentences(answers: Answers, version: str, name: str) -> Non
 @pytest.mark.parametrize(("version", "name"), _for_versions("decoder-sqa"))
 def test_components_inside_of_another_module_are_found(answers: Answers, version: str, name: str) -> None:
     assert answers.of(version, f"inside-{name}")["replaced"] == ["first.model", "second.model"]
+
+
+@pytest.mark.parametrize(("version", "name"), _for_versions(FULL))
+def test_every_call_that_upstream_makes_of_its_components_is_answered(
+    answers: Answers, version: str, name: str
+) -> None:
+    answer = answers.of(version, f"calling-{name}")
+    assert answer.pop("cached") == 0.0, "steps over upstream's cache are upstream's own"
+    assert answer.pop("stored is accelerated")
+    assert max(answer.values()) <= TOLERANCE, answer
+
+
+@pytest.mark.parametrize(("version", "name"), _for_versions("trainers"))
+def test_upstream_s_training_models_are_accelerated_as_a_whole(answers: Answers, version: str, name: str) -> None:
+    answer = answers.of(version, name)
+    assert (answer["joint replaced"], answer["memory_aware replaced"]) == (3, 3)
+    assert answer["joint"] <= TOLERANCE
+    assert answer["memory_aware"] <= TOLERANCE
 
 
 # answers

@@ -3,8 +3,9 @@
 * `recognition` finds upstream's components in a module, by class names and nothing else of upstream's;
 * `structure` builds the same component of this package on the meta device, by the rules of checkpoints;
 * `binding` gives it upstream's own parameters;
-* `accelerated` has upstream's arguments and results around it, and takes the place of upstream's methods;
-* `comparison` asks both the same before that happens; `report` says what came of it.
+* `accelerated` has upstream's arguments and results around it, and stands in the place of upstream's methods by `shadow`;
+* `comparison` asks both the same before that happens; `report` says what came of it;
+* `conversation` and `generation` answer for complete models and language models (`language_model`).
 """
 
 from rxt_model.drop_in.acceleration import accelerate, restore

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import inspect
 import io
 import json
@@ -324,6 +325,81 @@ def exchanging(case: Answer) -> Answer:
     fast.double()
     slow.double()
     compare("double")
+    return answer
+
+
+def calling(case: Answer) -> Answer:
+    """The other ways in which upstream calls its components, and what changes a model in place."""
+    actions = importlib.import_module("rxlm.rxt.models").RxTForwardAction
+    slow, fast = shared(build(case)), shared(build(case))
+    quietly(fast)
+    ids = make_inputs(case)["ids"]
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    longer = torch.randint(7, case["sizes"]["vocabulary"], (1, 80))
+    answer: Answer = {}
+
+    def compare(name: str, call: Any) -> None:
+        answer[name] = difference(call(fast), call(slow))
+
+    def updated(model: Any, ids: Tensor = ids) -> Tensor:
+        model(ids, attention_mask=torch.ones_like(ids, dtype=torch.bool), action=actions.UPDATE)
+        memory: Tensor = model.export_stm_state()
+        return memory
+
+    with torch.no_grad():
+        compare("whole model", lambda model: model(ids, attention_mask=mask))
+        compare("projected memory", lambda model: model.decoder(ids, mask, stm_kv_cache=model.prepare_stm_kv_cache()))
+        compare("cached", lambda model: model.decoder(ids, mask, use_self_attn_cache=True))
+        compare("update", updated)
+        for model in (slow, fast):
+            base = {"base": 500} if "base" in inspect.signature(model.decoder.update_max_len).parameters else {}
+            model.decoder.update_max_len(100, **base)
+            model.encoder.update_max_len(100, **base)
+            model.memory_attention.update_max_len(100)
+        compare("longer", lambda model: model.decoder(longer))
+        compare("longer update", lambda model: updated(model, longer))
+        stored = io.BytesIO()
+        torch.save(fast, stored)
+        stored.seek(0)
+        loaded = torch.load(stored, weights_only=False)
+        answer["stored"] = difference(loaded.decoder(ids), fast.decoder(ids))
+        answer["stored is accelerated"] = "forward" in vars(loaded.decoder.model)
+    return answer
+
+
+def trainers(decoder: Answer, encoder: Answer, memory: Answer, head: Answer) -> Answer:
+    """Upstream's own training models, accelerated as a whole: outputs and gradients under the same random numbers."""
+    models = importlib.import_module("rxlm.training.models")
+    ids = torch.randint(7, decoder["sizes"]["vocabulary"], (2, 12))
+    mask = torch.arange(12) < torch.tensor([12, 7])[:, None]
+
+    def joint() -> tuple[nn.Module, Any]:
+        model = models.JointTrainingModel(build(encoder), build(decoder), build(head))
+        return model, lambda: model(ids, ids, attention_mask=mask)
+
+    def memory_aware() -> tuple[nn.Module, Any]:
+        model = models.SupervisedMemoryAwareModel(build(encoder), build(decoder), build(memory))
+        for part in (model.decoder, model.memory_attention):
+            part.load_shared_memory(model.decoder.model.stm)
+        model.decoder.model.stm.batched_memory(2)
+        return model, lambda: (model(ids, ids, encoder_mask=mask, decoder_mask=mask),)
+
+    answer: Answer = {}
+    for make in (joint, memory_aware):
+        found = []
+        for fast in (False, True):
+            torch.manual_seed(0)
+            model, call = make()
+            if fast:
+                answer[f"{make.__name__} replaced"] = len(quietly(model, parity="upstream").replaced)
+            model.train()
+            set_memory(model.decoder.model.stm, torch.randn(3, 2, 8, 32, generator=torch.Generator().manual_seed(1)))
+            torch.manual_seed(1)
+            outputs = call()
+            sum(output.square().mean() for output in outputs).backward()
+            gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            found.append(torch.cat([*(output.detach().flatten() for output in outputs), gradients]))
+        answer[make.__name__] = difference(found[1], found[0])
     return answer
 
 
