@@ -11,6 +11,7 @@ namespace rxt {
 void bind_machine_limits(py::module_&);
 void bind_matmul(py::module_&);
 void bind_memory_update(py::module_&);
+void bind_mixture_of_experts(py::module_&);
 void bind_rms_norm(py::module_&);
 void bind_sparse_query_attention(py::module_&);
 
@@ -28,6 +29,7 @@ PYBIND11_MODULE(_native, module) {
     rxt::bind_machine_limits(module);
     rxt::bind_matmul(module);
     rxt::bind_memory_update(module);
+    rxt::bind_mixture_of_experts(module);
     rxt::bind_rms_norm(module);
     rxt::bind_sparse_query_attention(module);
 }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rxt_kernels import native_runtime, triton_runtime
 from rxt_kernels.checks import FLOATING, alike, floating, probability, refuse_shape, refuse_type, refuse_value
 from rxt_kernels.dispatch import Operation
 from rxt_kernels.mixture_of_experts.reference import (
@@ -20,14 +21,18 @@ from rxt_kernels.mixture_of_experts.reference import (
     mixture_of_experts_reference,
     route_reference,
 )
-from rxt_kernels.triton_runtime import available
 
 _MIXTURE_OF_EXPERTS = Operation("mixture_of_experts", mixture_of_experts_reference)
 
-if available():
+if triton_runtime.available():
     from rxt_kernels.mixture_of_experts import triton
 
     _MIXTURE_OF_EXPERTS.register("triton", triton.mixture_of_experts_triton, triton.supports, devices=("cuda",))
+
+if native_runtime.available():
+    from rxt_kernels.mixture_of_experts import native
+
+    _MIXTURE_OF_EXPERTS.register("native", native.mixture_of_experts_native, native.supports, devices=("cpu",))
 
 
 def _check_router(x: Tensor, router_weight: Tensor, top_k: int, router_dtype: torch.dtype | None) -> None:
