@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rxt_model.cache import MemoryKeyValue
 from rxt_model.decoder import HiddenStates, RxTDecoder, mean_of_losses
 from rxt_model.drop_in.binding import Binding
+from rxt_model.drop_in.comparison import Comparison, compare
 from rxt_model.drop_in.language_model import LanguageModel
 from rxt_model.drop_in.recognition import Component
 from rxt_model.drop_in.shadow import Shadow, shadows
@@ -49,14 +50,14 @@ class AcceleratedNetwork(Shadow, Generic[Ours]):
         super().__init__(component.network)
         self.component = component
         self.parity = parity
+        self.comparison = Comparison(None, "")
         self._binding: Binding | None = None
+        self._refused: tuple[tuple[int, ...], str] | None = None
         self._told = False
-        hook = self._bound().hook()
-        if hook is not None:
-            raise ValueError(f"a {hook} inside has a hook or a replaced forward pass, which would not be called.")
+        self._bound()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_binding": None}
+        return {**self.__dict__, "_binding": None, "_refused": None}
 
     @property
     def network(self) -> nn.Module:
@@ -64,15 +65,32 @@ class AcceleratedNetwork(Shadow, Generic[Ours]):
         return self.component.network
 
     def _bound(self) -> Binding:
+        """The binding to the network as it is now, made and compared anew where the network has changed.
+
+        Raises:
+            ValueError: the network is, or has become, something that is not computed here.
+        """
         if self._binding is None or not self._binding.is_current():
-            self._binding = Binding(self.component, self.parity)
+            self._binding = None
+            modules = tuple(id(module) for module in self.network.modules())
+            if self._refused is not None and self._refused[0] == modules:
+                raise ValueError(self._refused[1])
+            try:
+                self._binding = Binding(self.component, self.parity)
+                self.comparison = compare(self)
+            except ValueError as error:
+                self._binding, self._refused = None, (modules, str(error))
+                raise
+        hook = self._binding.hook()
+        if hook is not None:
+            raise ValueError(f"a {hook} inside has a hook or a replaced forward pass, which would not be called.")
         return self._binding
 
     def ours(self) -> Ours:
         """Our component on the network's weights as they are now, in the network's mode.
 
         Raises:
-            ValueError: the network has become something that is not computed here; restore it.
+            ValueError: the network has become something that is not computed here.
         """
         ours = cast(Any, self._bound().ours)
         if ours.training != self.network.training:
@@ -80,16 +98,19 @@ class AcceleratedNetwork(Shadow, Generic[Ours]):
         return cast(Ours, ours)
 
     def _must_call_upstream(self) -> bool:
-        """Whether somebody has hooked into the network since, so that only its own forward pass calls everything."""
-        hook = self._bound().hook()
-        if hook is not None and not self._told:
-            self._told = True
-            warnings.warn(
-                f"a {hook} inside of {self.component.path or 'the model'} has a hook or a replaced forward pass; upstream's "
-                "own code runs as long as it has (said once).",
-                stacklevel=3,
-            )
-        return hook is not None
+        """Whether the network has become something that is not computed here, or has hooks that only upstream calls."""
+        try:
+            self._bound()
+        except ValueError as error:
+            if not self._told:
+                self._told = True
+                warnings.warn(
+                    f"{self.component.path or 'the model'} has changed since it was accelerated, and upstream's own code runs "
+                    f"as long as that is so (said once): {error}",
+                    stacklevel=3,
+                )
+            return True
+        return False
 
     @staticmethod
     def _mask(attention_mask: Tensor | None) -> Tensor | None:

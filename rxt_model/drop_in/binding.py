@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from rxt_model.drop_in.recognition import Component
+from rxt_model.drop_in.recognition import PACKAGE, Component
 from rxt_model.drop_in.structure import OurComponent, same_structure
 
 __all__ = ["Binding"]
@@ -31,6 +31,9 @@ class Binding:
     def __init__(self, component: Component, parity: str) -> None:
         self.ours: OurComponent = same_structure(component, parity)
         network = component.network
+        for path, module in network.named_modules():
+            if module is not network and not _is_known(type(module)):
+                raise ValueError(f"its {path} is a {type(module).__name__}, whose forward pass would not be called.")
         self._inner = [module for module in network.modules() if module is not network]
         self._seen: list[tuple[dict[str, Any], str, Any]] = []
         self._share(component)
@@ -73,3 +76,8 @@ class Binding:
             ):
                 return type(module).__name__
         return None
+
+
+def _is_known(cls: type[nn.Module]) -> bool:
+    """Whether a class is torch's or upstream's own, and nobody's subclass with another forward pass."""
+    return cls.__module__.startswith("torch.nn.modules.") or cls.__module__.partition(".")[0] == PACKAGE

@@ -4,21 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from rxt_model.config import MemoryAttentionConfig, MLMHeadConfig
-from rxt_model.drop_in.accelerated import AcceleratedNetwork
 from rxt_model.gradients import no_gradients
 
-__all__ = ["difference_to_upstream", "tolerance"]
+if TYPE_CHECKING:
+    from rxt_model.drop_in.accelerated import AcceleratedNetwork
+
+__all__ = ["Comparison", "compare"]
 
 _ROWS, _TIME = 2, 9
 
 
-def tolerance(dtype: torch.dtype) -> float:
+class Comparison(NamedTuple):
+    """How far our answer is from upstream's: a difference, or the reason why there is none to tell."""
+
+    difference: float | None
+    note: str
+
+
+def compare(accelerated: AcceleratedNetwork[Any]) -> Comparison:
+    """Ask both, and see whether more than rounding is between them.
+
+    Raises:
+        ValueError: it is.
+    """
+    try:
+        difference = _difference(accelerated)
+    except (ImportError, RuntimeError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        return Comparison(None, f"not compared, since upstream's own forward pass fails here ({reason})")
+    limit = _tolerance(next(accelerated.network.parameters()).dtype)
+    if not difference <= limit:
+        raise ValueError(
+            f"it computes something else than this package: on random input they differ by {difference:.1e} of the norm, "
+            f"and rounding explains {limit:.0e}."
+        )
+    return Comparison(difference, "")
+
+
+def _tolerance(dtype: torch.dtype) -> float:
     """The largest difference that rounding explains.
 
     In half precision a router near a tie sends a token to another expert, which is no error and changes that token.
@@ -27,14 +56,15 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 @no_gradients()
-def difference_to_upstream(accelerated: AcceleratedNetwork[Any]) -> float:
+def _difference(accelerated: AcceleratedNetwork[Any]) -> float:
     """Norm of the difference between our output and upstream's, over the norm of upstream's, in evaluation mode.
 
     The input is random and has no padding. Memory, modes and the state of random numbers are as before afterwards.
     """
     arguments = _arguments(accelerated)
     answers = []
-    with _evaluating(accelerated.network):
+    device = next(accelerated.network.parameters()).device.type
+    with _evaluating(accelerated.network), torch.autocast(device, enabled=False):
         for forward in (accelerated.original("forward"), cast(Any, accelerated).forward):
             with _memory_kept(accelerated.network):
                 found = forward(*arguments)

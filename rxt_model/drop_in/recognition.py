@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["KINDS", "VARIANTS", "Component", "components", "is_upstream"]
+__all__ = ["KINDS", "PACKAGE", "VARIANTS", "Component", "components", "is_upstream"]
 
 PACKAGE = "rxlm"
 

@@ -314,6 +314,24 @@ def exchanging(case: Answer) -> Answer:
     for model in (fast, slow):
         model.decoder.model.stm.make_trainable()
     compare("trainable_memory")
+
+    class Doubling(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    for model in (fast, slow):
+        inner = model.decoder.model.layers[0].attention
+        kept, inner.q_proj = inner.q_proj, Doubling(32, inner.q_proj.out_features, bias=False)
+        inner.q_proj.weight = kept.weight
+    compare("adapter")
+    for model in (fast, slow):
+        model.encoder.model.layers[0].ff.fc1.activation = nn.ReLU()
+    with torch.no_grad():
+        answer["activation"] = difference(fast.encoder(ids)[1], slow.encoder(ids)[1])
+    for model in (fast, slow):
+        model.decoder.model.layers[0].attention.q_proj = kept
+        model.encoder.model.layers[0].ff.fc1.activation = nn.SiLU()
+    compare("adapter_removed")
     called: list[str] = []
     handle = fast.decoder.model.layers[0].attention.register_forward_hook(lambda *_: called.append("hook"))
     compare("hooked")
