@@ -249,12 +249,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         f"  limits ({limits['source']}): {limits['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s read, "
         f"{limits['fma_flops_per_second'] / 1e9:.0f} GFLOP/s float32, "
         f"{limits['bfloat16_flops_per_second'] / 1e9:.0f} GFLOP/s bfloat16",
-        f"  {'backend':<20}{'dtype':<10}{'p20':>10}{'p50':>10}{'p80':>10}{'floor':>10}  {'p50/floor':>9}{'speed':>9}",
+        f"  {'backend':<25}{'dtype':<10}{'p20':>10}{'p50':>10}{'p80':>10}{'floor':>10}  {'p50/floor':>9}{'speed':>9}",
     ]
     for row in rows:
         speed = "" if reference is None else f"{reference / row['p50']:.2f}x"
         times = "".join(f"{1e3 * row[name]:>10.3f}" for name in ("p20", "p50", "p80", "floor"))
-        lines.append(f"  {row['backend']:<20}{row['dtype']:<10}{times}  {row['ratio']:>9.2f}{speed:>9}")
+        lines.append(f"  {row['backend']:<25}{row['dtype']:<10}{times}  {row['ratio']:>9.2f}{speed:>9}")
     return "\n".join(lines)
 
 
