@@ -105,7 +105,8 @@ def ninja_file(target: Path, sets: list[str]) -> str:
         objects.append(f"{folder}/{source.relative_to(SOURCES).with_suffix('.o')}")
         lines.extend([f"build {objects[-1]}: compile {source}{after}", f"  more = {more}"])
 
-    once = [SOURCES / "bindings.cpp", *sorted(SOURCES.glob("core/*.cpp")), *sorted(SOURCES.glob("*/bindings.cpp"))]
+    patterns = ("bindings.cpp", "core/*.cpp", "*/bindings.cpp", "decode/engine.cpp")
+    once = [source for pattern in patterns for source in sorted(SOURCES.glob(pattern))]
     kernels = sorted(set(SOURCES.glob("*/*.cpp")) - set(once))
     # Where the compiler looks first for core/python.h, it finds the precompiled one; clang looks on.
     more = " ".join(["-O1", *python])  # nothing in bindings takes time, but compiling them

@@ -1,0 +1,71 @@
+// A decoder with everything that its steps need: weights, keys and values, scratch. Kernels see plain pointers into it.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "core/tensor.h"
+#include "decode/kernels.h"
+
+namespace rxt {
+
+// Memory on lines of the cache; counts how often it was asked for.
+class Buffers {
+public:
+    void* make(int64_t bytes);
+    int64_t count() const { return count_; }
+    void clear() { owned_.clear(); }
+
+private:
+    struct Free {
+        void operator()(void* memory) const;
+    };
+    std::vector<std::unique_ptr<void, Free>> owned_;
+    int64_t count_ = 0;
+};
+
+class Engine {
+public:
+    Engine(const pybind11::dict& decoder, int64_t rows, const std::string& stored);
+
+    // (L, 1 or rows, S, D): projected into keys and values.
+    void set_memory(const pybind11::object& memory, int threads);
+
+    // Tokens of some rows, each row's together and in rising position; logits (rows, V) and most_likely (rows,) of those rows.
+    void step(const pybind11::object& tokens, const pybind11::object& rows, const pybind11::object& positions,
+              const pybind11::object& logits, const pybind11::object& most_likely, int threads);
+
+    int64_t allocations() const { return caches_.count() + memories_.count() + scratch_.count(); }
+    int64_t capacity() const { return cache_.empty() ? 0 : cache_[0].capacity; }
+
+private:
+    const Tensor& keep(const pybind11::handle& object, const char* name);
+    const float* floats(const pybind11::handle& object, const char* name, int64_t count);
+    PackedMatrix matrix(const pybind11::handle& object, const char* name, int64_t inputs);
+    Norm norm(const pybind11::handle& object, const char* name);
+    Attention attention(const pybind11::dict& of, bool with_keys);
+    MemoryRead memory_read(const pybind11::dict& of);
+    FeedForward feed_forward(const pybind11::dict& of);
+    void add_experts(const pybind11::dict& of, std::vector<Expert>& experts);
+
+    KeyValue key_value(Buffers& buffers, const Attention& like, int64_t rows, int64_t tokens);
+    void reserve_tokens(int64_t needed);
+    void reserve_scratch(int64_t tokens, int64_t keys, int threads);
+
+    int64_t rows_;
+    DType stored_;
+    Model model_;
+    std::vector<Layer> layers_;
+    std::deque<std::vector<Expert>> experts_;
+    std::deque<Tensor> kept_;
+    Buffers caches_, memories_, scratch_;
+    std::vector<KeyValue> cache_, memory_;
+    int64_t memory_rows_ = 0, slots_ = 0;
+    Workspace work_;
+    std::vector<int64_t> segments_;
+    std::mutex busy_;
+};
+
+}  // namespace rxt

@@ -1,0 +1,104 @@
+#include "decode/attention.h"
+#include "decode/experts.h"
+
+namespace rxt::RXT_INSTRUCTION_SET {
+
+namespace {
+
+template <class Element>
+void embed(const Step& step, const Team& team) {
+    const Model& model = *step.model;
+    const Range tokens = team.share(step.count);
+    for (int64_t t = tokens.first; t < tokens.last; ++t) {
+        const Element* row = static_cast<const Element*>(model.embedding) + step.tokens[t] * model.embedding_stride;
+        float* x = step.work.x + t * model.width;
+        for (int64_t i = 0; i < model.width; i += Float::lanes) {
+            const int64_t left = model.width - i;
+            store_up_to(x + i, load_up_to(row + i, left), left);
+        }
+    }
+}
+
+// Logits of the last token of every segment, and which of them is the largest: each thread looks for it among its own.
+void vocabulary_head(const Step& step, const Team& team) {
+    const Model& model = *step.model;
+    const Workspace& work = step.work;
+    const auto last_token = [&](int64_t s) { return step.segments[s + 1] - 1; };
+    const Range segments = team.share(step.finished_segments);
+    for (int64_t s = segments.first; s < segments.last; ++s) {
+        const float* x = work.x + last_token(s) * model.width;
+        float* row = work.normed + s * model.width;
+        if (model.has_head_norm) {
+            norm_row(model.head_norm, x, model.width, row);
+        } else {
+            for (int64_t i = 0; i < model.width; ++i) row[i] = x[i];
+        }
+    }
+    team.wait();
+    float* best = work.best + team.thread * step.row_count;
+    int64_t* best_token = work.best_token + team.thread * step.row_count;
+    for (int64_t row = 0; row < step.row_count; ++row) {
+        best[row] = -__builtin_inff();
+        best_token[row] = -1;
+    }
+    project(model.head, team.share(model.head.panels()), step.finished_segments,
+            [&](int64_t s) { return work.normed + s * model.width; }, [&](const Sums& sums) {
+                const int64_t first = sums.first_output(), left = model.vocabulary - first;
+                const int64_t count = left < sums.panels * panel_width ? left : sums.panels * panel_width;
+                for (int r = 0; r < sums.rows; ++r) {
+                    const int64_t row = step.rows[last_token(sums.first_row + r)];
+                    float* logits = step.logits + row * step.logits_stride + first;
+                    for (int64_t i = 0; i < count; i += Float::lanes)
+                        store_up_to(logits + i, load(sums.row(r) + i), count - i);
+                    for (int64_t i = 0; i < count; ++i)
+                        if (sums.row(r)[i] > best[row]) {
+                            best[row] = sums.row(r)[i];
+                            best_token[row] = first + i;
+                        }
+                }
+            });
+    team.wait();
+    if (team.thread != 0) return;
+    for (int64_t s = 0; s < step.finished_segments; ++s) {
+        const int64_t row = step.rows[last_token(s)];
+        int64_t found = 0;
+        for (int thread = 1; thread < team.threads; ++thread)  // later threads have later tokens: the first of equals stays
+            if (work.best[thread * step.row_count + row] > work.best[found * step.row_count + row]) found = thread;
+        step.most_likely[row] = work.best_token[found * step.row_count + row];
+    }
+}
+
+template <class Stored>
+void all_layers(const Step& step, const Team& team) {
+    const Model& model = *step.model;
+    if (model.embedding_dtype == DType::float32) {
+        embed<float>(step, team);
+    } else {
+        embed<BFloat16>(step, team);
+    }
+    prepare_angles(step, team);
+    team.wait();
+    int64_t reads = 0;
+    for (int64_t l = 0; l < model.layer_count; ++l) {
+        const Layer& layer = model.layers[l];
+        attention_stage<Stored>(step, team, layer.attention, step.cache + l, nullptr);
+        if (layer.reads_memory)
+            attention_stage<Stored>(step, team, layer.memory.attention, nullptr, step.memory + reads++);
+        feed_forward_stage(step, team, layer.feed_forward);
+    }
+    if (step.finished_segments > 0) vocabulary_head(step, team);
+}
+
+}  // namespace
+
+void decode_step(const Step& step) {
+    in_team(step.threads, [&](const Team& team) {
+        if (step.stored == DType::float32) {
+            all_layers<float>(step, team);
+        } else {
+            all_layers<BFloat16>(step, team);
+        }
+    });
+}
+
+}  // namespace rxt::RXT_INSTRUCTION_SET

@@ -1,0 +1,221 @@
+"""The decode engine of CPUs: what the modules compute, in one native call per token, on every instruction set."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import pytest
+import torch
+from helpers import EOS, messages
+from small_models import MODELS, make
+from torch import Tensor
+
+from rxt_kernels.decode import NativeEngine, decode_engine
+from rxt_model.demo_model import load_demo_model
+from rxt_model.interaction.decoding import padded
+from rxt_model.interaction.engine import choose_engine, decoder_weights
+from rxt_model.models import ReactiveTransformer
+
+pytestmark = pytest.mark.usefixtures("every_instruction_set")
+
+
+def _memory(model: ReactiveTransformer, rows: int, seed: int = 1) -> Tensor:
+    layers, _, slots, width = model.stm.memory.shape
+    return torch.randn(layers, rows, slots, width, generator=torch.Generator().manual_seed(seed))
+
+
+def _answer(
+    engine: NativeEngine,
+    prompts: Sequence[Sequence[int]],
+    steps: Sequence[Sequence[int]],
+    ends: dict[int, int] | None = None,
+) -> list[Tensor]:
+    """Logits after the prompts and after every step; ``ends`` says behind which step a row has ended."""
+    tokens, _ = padded(prompts, torch.device("cpu"))
+    found = [engine.prefill(tokens, [len(prompt) for prompt in prompts]).clone()]
+    for number, step in enumerate(steps):
+        active = [number < (ends or {}).get(row, len(steps)) for row in range(len(step))]
+        found.append(engine.step(torch.tensor(step), None if all(active) else active).clone())
+    return found
+
+
+@torch.no_grad()
+def _expected(model: ReactiveTransformer, memory: Tensor, prompt: Sequence[int], steps: Sequence[int]) -> Tensor:
+    """The same for one row by the modules, without any cache."""
+    logits: Tensor = model.decoder(torch.tensor([[*prompt, *steps]]), memory=memory)[0]
+    return logits[len(prompt) - 1 :]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_it_computes_what_the_modules_do(name: str, shared: bool) -> None:
+    model = make(name)
+    engine = NativeEngine(decoder_weights(model.decoder), 3, capacity=4)
+    for seed in (0, 1):
+        prompts, ends = messages([4, 1, 23], seed), {1: 1}
+        steps = torch.randint(11, 200, (5, 3), generator=torch.Generator().manual_seed(seed)).tolist()
+        memory = _memory(model, 1 if shared else 3, seed)
+        engine.set_memory(memory)
+        found = _answer(engine, prompts, steps, ends)
+        for row, prompt in enumerate(prompts):
+            own = memory if shared else memory[:, row : row + 1]
+            until = ends.get(row, len(steps))
+            true = _expected(model, own, prompt, [step[row] for step in steps[:until]])
+            actual = torch.stack([logits[row] for logits in found[: until + 1]])
+            torch.testing.assert_close(actual, true, rtol=1e-4, atol=1e-4)
+
+
+def test_a_long_message_goes_in_parts() -> None:
+    model = make("beta")
+    memory = _memory(model, 1)
+    prompt = messages([700])[0]
+    engine = NativeEngine(decoder_weights(model.decoder), 1, capacity=16)
+    engine.set_memory(memory)
+    found = _answer(engine, [prompt], [[12], [13]])
+    torch.testing.assert_close(torch.cat(found), _expected(model, memory, prompt, [12, 13]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_bits_depend_neither_on_threads_nor_on_other_rows(precision: str) -> None:
+    model = make("beta")
+    prompts = messages([5, 9, 2])
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        engine = NativeEngine(decoder_weights(model.decoder), 3, precision=precision)
+        engine.set_memory(_memory(model, 1))
+        found.append(torch.stack(_answer(engine, prompts, [[11, 12, 13], [14, 15, 16]])))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    alone = NativeEngine(decoder_weights(model.decoder), 1, precision=precision)
+    alone.set_memory(_memory(model, 1))
+    single = torch.stack(_answer(alone, prompts[1:2], [[12], [15]]))
+    torch.testing.assert_close(single[:, 0], found[0][:, 1], rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_allocated_from_token_to_token() -> None:
+    model = make("beta-3b")
+    engine = NativeEngine(decoder_weights(model.decoder), 2, capacity=64)
+    engine.set_memory(_memory(model, 1))
+    _answer(engine, messages([4, 6]), [[11, 12]])
+    before = engine.allocations
+    for token in range(11, 41):
+        engine.step(torch.tensor([token, token]))
+    engine.set_memory(_memory(model, 1, seed=5))
+    assert engine.allocations == before
+    for token in range(11, 61):
+        engine.step(torch.tensor([token, token]))  # grows once
+    assert engine.capacity >= 86
+
+
+def test_two_models_in_two_threads() -> None:
+    models = [make("beta"), make("alpha")]
+    prompts = [messages([6], seed)[0] for seed in (0, 1)]
+    alone: list[Tensor] = []
+    engines = []
+    for model, prompt in zip(models, prompts, strict=True):
+        engine = NativeEngine(decoder_weights(model.decoder), 1)
+        engine.set_memory(_memory(model, 1))
+        alone.append(torch.stack(_answer(engine, [prompt], [[token] for token in range(11, 31)])))
+        engines.append(engine)
+    together: list[Tensor | None] = [None, None]
+
+    def work(index: int) -> None:
+        for _ in range(3):
+            together[index] = torch.stack(
+                _answer(engines[index], [prompts[index]], [[token] for token in range(11, 31)])
+            )
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for expected, actual in zip(alone, together, strict=True):
+        assert actual is not None
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_are_those_of_the_modules(name: str) -> None:
+    model = make(name)
+
+    def talk(engine: str) -> list[list[int]]:
+        model.decode_engine = engine
+        model.reset_stm_state() if hasattr(model, "reset_stm_state") else model.stm.reset()
+        answers = []
+        for seed in range(3):
+            torch.manual_seed(seed)
+            prompt = torch.tensor(messages([5 + seed], seed))
+            answers.append(list(model.interact(prompt, max_seq_len=40, temperature=0.0)))
+        return answers
+
+    assert choose_engine(model.decoder).engine == "native"
+    assert talk("native") == talk("modules")
+
+
+def _text_ids(model: ReactiveTransformer) -> list[list[int]]:
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    texts = [
+        "Hello, my name is Anna and I live in Lisbon.", "What is my name?", "I have a dog called Rex.",
+        "Where do I live?", "I work as a nurse and my favourite colour is green.", "How are you today?",
+    ]  # fmt: skip
+    return [list(model.tokenize_query(text, max_seq_len=64)["input_ids"][0].tolist()) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("precision", "divergence", "agreement"),
+    [("float32", 1e-6, 1.0), ("bfloat16", 5e-3, 0.9), ("int8", 2e-2, 0.9)],
+)
+def test_precisions_stay_within_their_bounds_on_the_shipped_model(
+    precision: str, divergence: float, agreement: float
+) -> None:
+    """Mean Kullback-Leibler divergence (nats) from the modules in fp32, and how often the likeliest token is the same."""
+    model = load_demo_model()
+    memory = model.stm.memory.detach().clone()
+    engine = NativeEngine(decoder_weights(model.decoder), 1, precision=precision)
+    engine.set_memory(memory)
+    found, true = [], []
+    for ids in _text_ids(model):
+        found += _answer(engine, [ids[:3]], [[token] for token in ids[3:]])
+        true.append(_expected(model, memory, ids[:3], ids[3:]))
+    actual, expected = torch.cat(found).log_softmax(-1), torch.cat(true).log_softmax(-1)
+    kl = (expected.exp() * (expected - actual)).sum(-1).mean().item()
+    same = (actual.argmax(-1) == expected.argmax(-1)).float().mean().item()
+    assert kl <= divergence
+    assert same >= agreement
+
+
+def test_refusals() -> None:
+    model = make("beta")
+    weights = decoder_weights(model.decoder)
+    with pytest.raises(ValueError, match="precision is 'int4'"):
+        NativeEngine(weights, 1, precision="int4")
+    with pytest.raises(ValueError, match="rows is 0"):
+        NativeEngine(weights, 0)
+    with pytest.raises(ValueError, match="computes with the weights as they are"):
+        decode_engine(weights, 1, engine="eager", precision="int8")
+    engine = NativeEngine(weights, 2, capacity=4, limit=6)
+    with pytest.raises(ValueError, match="given no memory"):
+        engine.prefill(torch.full((2, 3), 11), [3, 3])
+    with pytest.raises(TypeError, match="memory"):
+        engine.set_memory(_memory(model, 1).double())
+    with pytest.raises(ValueError, match="memory has shape"):
+        engine.set_memory(_memory(model, 3))
+    engine.set_memory(_memory(model, 1))
+    with pytest.raises(ValueError, match="step was called without a message"):
+        engine.step(torch.tensor([11, 11]))
+    with pytest.raises(ValueError, match="tokens has -1; accepted are 0 to"):
+        engine.prefill(torch.full((2, 3), -1), [3, 3])
+    with pytest.raises(TypeError, match="tokens"):
+        engine.prefill(torch.full((2, 3), 11, dtype=torch.int32), [3, 3])
+    with pytest.raises(ValueError, match="the limit of this engine is 6"):
+        engine.prefill(torch.full((2, 7), 11), [7, 7])
+    engine.prefill(torch.full((2, 3), 11), [3, 2])
+    with pytest.raises(ValueError, match="active has 1 entries"):
+        engine.step(torch.tensor([11, 11]), [True])
+    assert EOS >= 0
