@@ -9,8 +9,7 @@ What a system computes is compared before it is timed:
 
     float32     largest difference, over the largest value of the reference: at most 1e-4
     bfloat16    root mean square of the difference, over that of the reference: at most twice what eager torch is off by in
-                bfloat16, plus one rounding step; where eager torch was not asked: at most 0.05; eager torch itself: 0.1,
-                since a layer of experts alone routes some tokens to others than in float32
+                bfloat16, plus one rounding step; where eager torch was not asked, and for eager torch itself: at most 0.05
     int8        the same measure: at most 0.1 (weights of 8 bits, random ones)
 
 A system that fails is not timed and is reported as refused; one that cannot be had here is reported as absent.
@@ -40,7 +39,6 @@ REFERENCE = "reference"
 """The backend that defines the result; its row in bfloat16 also says how far off eager torch is there."""
 
 GRANTED = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.1}
-EAGER_GRANTED = 0.1
 _LEAST_SAMPLE = 2e-3  # seconds; shorter work is repeated within a sample
 _LEAST_ROUNDS = 3
 
@@ -137,11 +135,9 @@ def granted(dtype: str, backend: str, eager: float | None) -> float:
         backend: which it is.
         eager: the difference of the reference in that dtype, if it was measured.
     """
-    if dtype == "float32":
-        return GRANTED[dtype]
     if dtype == "bfloat16" and backend != REFERENCE and eager is not None:
         return 2 * eager + torch.finfo(torch.bfloat16).eps
-    return EAGER_GRANTED if backend == REFERENCE else GRANTED[dtype]
+    return GRANTED[dtype]
 
 
 def timed(work: Callable[[], object], seconds: float = _LEAST_SAMPLE) -> Callable[[], list[float]]:

@@ -18,6 +18,7 @@ from rxt_benchmarks.dialogues import Turn, conversation_turns, dialogue_tokenize
 from rxt_benchmarks.systems import TurnTimes
 from torch.utils.flop_counter import FlopCounterMode
 
+from rxt_kernels import use_backend
 from rxt_model import (
     MemoryAttentionConfig,
     RxTAlpha,
@@ -217,7 +218,8 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any =
 def counted(work: Callable[[], object]) -> int:
     names = ("_scaled_dot_product_flash_attention_for_cpu",)
     mapping = {getattr(torch.ops.aten, name): _attention_flops for name in names}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
+    # The counter knows torch's operations: natively, a layer is one of ours.
+    with use_backend("reference"), FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
         work()
     return int(counter.get_total_flops())
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 from triton_cases import DEVICE, needs_triton
 
-from rxt_kernels import use_backend
+from rxt_kernels import native_runtime, use_backend
 from rxt_kernels.decode import ENGINES, CudaGraphEngine, DecoderWeights, EagerEngine, decode_engine, supports
 from rxt_kernels.decode.cuda_graph import capture_cuda_graph
 from rxt_kernels.dispatch import operations
@@ -280,13 +280,13 @@ def test_reasons() -> None:
     assert supports("eager", weights) is None
     reason = supports("cuda_graph", weights)
     assert reason == "the weights are on cpu; CUDA graphs run on a GPU."
-    assert decode_engine(weights, 1).name == "eager"
+    assert decode_engine(weights, 1).name == ("native" if native_runtime.available() else "eager")
     with refusal(ValueError, "cuda_graph", "on cpu"):
         decode_engine(weights, 1, engine="cuda_graph")
     with refusal(ValueError, "on cpu"):
         CudaGraphEngine(weights, 1)
-    with refusal(ValueError, "'native'", "'cuda_graph', 'eager'"):
-        supports("native", weights)
+    with refusal(ValueError, "'fast'", "'cuda_graph', 'native', 'eager'"):
+        supports("fast", weights)
 
 
 def on_fake_gpu(weights: DecoderWeights, mode: FakeTensorMode) -> DecoderWeights:
@@ -317,19 +317,24 @@ def test_reasons_on_a_gpu() -> None:
     assert "waits for the host, and Triton's cannot be used" in str(supports("cuda_graph", wide))
 
 
-def test_a_model_on_the_cpu_is_decoded_by_its_modules() -> None:
+def test_a_model_on_the_cpu_is_decoded_natively() -> None:
     model = make("dense")
-    assert choose_engine(model.decoder).engine == MODULES
-    assert model.explain() == (
-        "Answers are decoded operation by operation through the modules: no engine of this build is made for cpu."
-    )
+    if native_runtime.available():
+        assert choose_engine(model.decoder).engine == "native"
+        assert model.explain() == "Answers are decoded by the native engine: it can decode this model on cpu."
+        assert choose_engine(model.double().decoder) == (
+            MODULES, "a tensor is torch.float64; native kernels take float32 and bfloat16.",
+        )  # fmt: skip
+        model.float()
+    else:
+        assert choose_engine(model.decoder) == (MODULES, native_runtime.unavailable())
     model.decode_engine = "eager"
     assert model.explain() == "Answers are decoded by the eager engine: it was asked for."
     model.decode_engine = "cuda_graph"
     with refusal(ValueError, "decode_engine='cuda_graph'", "on cpu"):
         model.explain()
     model.decode_engine = "fast"
-    with refusal(ValueError, "'fast'", "'auto', 'modules', 'cuda_graph', 'eager'"):
+    with refusal(ValueError, "'fast'", "'auto', 'modules', 'cuda_graph', 'native', 'eager'"):
         next(model.interact(torch.tensor(messages([3]))))
 
 

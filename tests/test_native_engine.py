@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from helpers import EOS, messages
+from helpers import messages
 from small_models import MODELS, make
 from torch import Tensor
 
@@ -145,7 +145,7 @@ def test_answers_are_those_of_the_modules(name: str) -> None:
 
     def talk(engine: str) -> list[list[int]]:
         model.decode_engine = engine
-        model.reset_stm_state() if hasattr(model, "reset_stm_state") else model.stm.reset()
+        model.reset_stm(seed=3)
         answers = []
         for seed in range(3):
             torch.manual_seed(seed)
@@ -155,6 +155,23 @@ def test_answers_are_those_of_the_modules(name: str) -> None:
 
     assert choose_engine(model.decoder).engine == "native"
     assert talk("native") == talk("modules")
+
+
+def test_weights_are_packed_as_the_model_is_told() -> None:
+    model = make("beta")
+    model.decode_weights = "int8"
+    assert model.explain() == (
+        "Answers are decoded by the native engine with weights in int8: it can decode this model on cpu."
+    )
+    assert len(list(model.interact(torch.tensor(messages([4])), max_seq_len=20, temperature=0.0))) > 2
+    model.decode_engine = "modules"
+    with pytest.raises(ValueError, match="decode_weights is 'int8', which takes the native engine"):
+        model.explain()
+    model.decode_weights = "int2"
+    with pytest.raises(
+        ValueError, match="decode_weights is 'int2'; it is one of 'float32', 'bfloat16', 'int8', or None"
+    ):
+        model.explain()
 
 
 def _text_ids(model: ReactiveTransformer) -> list[list[int]]:
@@ -218,4 +235,3 @@ def test_refusals() -> None:
     engine.prefill(torch.full((2, 3), 11), [3, 2])
     with pytest.raises(ValueError, match="active has 1 entries"):
         engine.step(torch.tensor([11, 11]), [True])
-    assert EOS >= 0

@@ -72,7 +72,8 @@ def decode_engine(
         precision: one of :data:`PRECISIONS`, what the native engine packs weights in; None is their dtype.
 
     Raises:
-        ValueError: the name is unknown, a precision is given for another engine, or the engine cannot decode with these weights; the message is its reason.
+        ValueError: the name is unknown, a precision is given for another engine, or the engine cannot decode with these
+            weights; the message is its reason.
     """
     if engine == "auto":
         engine = next(name for name in ENGINES if supports(name, weights) is None)

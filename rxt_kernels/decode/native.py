@@ -1,9 +1,9 @@
 """The decode engine of CPUs: one native call per token, from token numbers to logits, through all layers.
 
 Weights are packed once, in fp32, bfloat16, or int8 with a scale per output; activations are fp32. Keys and values, of the
-messages and of the memory, are kept in fp32 beside fp32 weights and in bfloat16 beside the others. Inside of a call the threads go
-through the layers together and wait for each other at a barrier of their own. The bits of a row depend neither on the number of
-threads nor on what other rows are decoded with it.
+messages and of the memory, are kept in fp32 beside fp32 weights and in bfloat16 beside the others. Inside of a call the
+threads go through the layers together and wait for each other at a barrier of their own. The bits of a row do not depend on
+the number of threads.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ class NativeEngine:
             dtype = network.router_dtype if isinstance(network, ExpertWeights) else None
             if dtype not in (None, torch.float32, weights.embedding.dtype):
                 return f"the router works in {dtype}; this engine routes in float32."
-            heads = {layer.attention.head_dim} | ({layer.memory_read.attention.head_dim} if layer.memory_read else set())
+            heads = {layer.attention.head_dim} | (
+                {layer.memory_read.attention.head_dim} if layer.memory_read else set()
+            )
             if weights.inverse_frequencies is not None and heads != {2 * len(weights.inverse_frequencies)}:
                 return f"heads have {sorted(heads)} values and are not rotated over all of them."
         return None

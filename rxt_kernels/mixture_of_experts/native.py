@@ -308,7 +308,8 @@ def _routed(
             [_only(tensor) if expert in needed else None for expert, tensor in enumerate(tensors)] if tensors else None
             for tensors in lists
         ]
-    return _experts_forward(x, weights, chosen, *used, count, hidden, activation, gated, wide, False)[0]
+    w1, w2, b1, b2 = used
+    return _experts_forward(x, weights, chosen, w1, w2, b1, b2, count, hidden, activation, gated, wide, False)[0]
 
 
 def _only(tensor: Tensor) -> Tensor:

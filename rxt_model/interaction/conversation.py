@@ -102,6 +102,9 @@ class Conversation(TextInterface):
     decode_engine: str = "auto"
     """How answers are decoded: "auto", "modules", or the name of an engine of :mod:`rxt_kernels.decode`."""
 
+    decode_weights: str | None = None
+    """What the native engine packs weights in: "float32", "bfloat16", "int8", or None for the dtype of the model."""
+
     @property
     def stm(self) -> ShortTermMemory:
         """The short-term memory; full models share one between their components."""
@@ -450,18 +453,21 @@ class Conversation(TextInterface):
 
     def explain(self) -> str:
         """Which path decoding takes, and why, in one sentence."""
-        choice = choose_engine(self.decoder, self.decode_engine)
+        choice = choose_engine(self.decoder, self.decode_engine, self.decode_weights)
         path = (
             "operation by operation through the modules"
             if choice.engine == MODULES
             else f"by the {choice.engine} engine"
         )
-        return f"Answers are decoded {path}: {choice.reason}"
+        weights = f" with weights in {self.decode_weights}" if self.decode_weights is not None else ""
+        return f"Answers are decoded {path}{weights}: {choice.reason}"
 
     def _decoding(self, use_cache: bool, rows: int, capacity: int) -> Decoding:
-        engine = choose_engine(self.decoder, self.decode_engine).engine if use_cache else MODULES
+        engine = MODULES
+        if use_cache:
+            engine = choose_engine(self.decoder, self.decode_engine, self.decode_weights).engine
         if engine != MODULES:
-            return engine_decoding(self.decoder, engine, rows, self.stm.memory)
+            return engine_decoding(self.decoder, engine, rows, self.stm.memory, self.decode_weights)
         with no_gradients():
             memory = self.decoder.project_memory()
 

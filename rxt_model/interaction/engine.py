@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from rxt_kernels.decode import (
     ENGINES,
+    PRECISIONS,
     DecodeEngine,
     DecoderLayerWeights,
     DecoderWeights,
     ExpertWeights,
     FeedForwardWeights,
     MemoryReadWeights,
+    NativeEngine,
     NormWeights,
     decode_engine,
     supports,
@@ -154,6 +156,7 @@ class _Kept:
         self.state = _state(decoder)
         self.weights = decoder_weights(decoder)
         self.engine: DecodeEngine | None = None
+        self.made_for: tuple[str, int, str | None] | None = None
         self.message = 0
         """Counts messages: the engine answers the last one only."""
 
@@ -177,17 +180,32 @@ def _keep(decoder: RxTDecoder) -> _Kept:
 
 
 @no_gradients()  # as answers are: an engine that records no gradients is no worse for a model that could be trained
-def choose_engine(decoder: RxTDecoder, wanted: str = "auto") -> DecodingChoice:
+def choose_engine(decoder: RxTDecoder, wanted: str = "auto", precision: str | None = None) -> DecodingChoice:
     """How this decoder is decoded.
 
     Args:
         decoder: the decoder.
         wanted: the name of an engine, :data:`MODULES`, or "auto": the first engine that is made for the device and can
             decode this model, else its modules.
+        precision: what weights are to be packed in, which the native engine can do; None leaves them as they are.
 
     Raises:
-        ValueError: the name is unknown, or the engine cannot decode this model; the message is its reason.
+        ValueError: the name is unknown, or the engine cannot decode this model (in this precision); the message is its reason.
     """
+    choice = _choose(decoder, wanted)
+    if precision is None:
+        return choice
+    if precision not in PRECISIONS:
+        raise ValueError(f"decode_weights is {precision!r}; it is one of {', '.join(map(repr, PRECISIONS))}, or None.")
+    if choice.engine != NativeEngine.name:
+        raise ValueError(
+            f"decode_weights is {precision!r}, which takes the native engine; this model is decoded by {choice.engine}: "
+            f"{choice.reason}"
+        )
+    return choice
+
+
+def _choose(decoder: RxTDecoder, wanted: str) -> DecodingChoice:
     if wanted == MODULES:
         return DecodingChoice(MODULES, "it was asked for.")
     if wanted != "auto" and wanted not in ENGINES:
@@ -237,7 +255,9 @@ class EngineDecoding:
 
 
 @no_gradients()
-def engine_decoding(decoder: RxTDecoder, engine: str, rows: int, memory: Tensor) -> EngineDecoding:
+def engine_decoding(
+    decoder: RxTDecoder, engine: str, rows: int, memory: Tensor, precision: str | None = None
+) -> EngineDecoding:
     """Decoding of the next message by an engine; the engine of the message before is used again if it fits.
 
     Args:
@@ -245,9 +265,11 @@ def engine_decoding(decoder: RxTDecoder, engine: str, rows: int, memory: Tensor)
         engine: what :func:`choose_engine` chose.
         rows: messages answered at once.
         memory: (L, 1 or rows, S, D).
+        precision: what the native engine packs weights in; None is their dtype.
     """
     kept = _keep(decoder)
-    if kept.engine is None or (kept.engine.name, kept.engine.rows) != (engine, rows):
-        kept.engine = decode_engine(kept.weights, rows, engine=engine)
+    if kept.engine is None or kept.made_for != (engine, rows, precision):
+        kept.engine = decode_engine(kept.weights, rows, engine=engine, precision=precision)
+        kept.made_for = (engine, rows, precision)
     kept.engine.set_memory(memory)
     return EngineDecoding(kept, kept.engine)
