@@ -26,6 +26,7 @@ import torch
 
 import rxt_model.cli
 import rxt_model.cli.errors
+from rxt_kernels import native_runtime
 from rxt_model import RxTAlpha, RxTBeta, RxTMemoryAttention, train_tokenizer
 from rxt_model.cli import main
 from rxt_model.cli.errors import sentence
@@ -274,6 +275,14 @@ def test_chat_as_json(rxt: Rxt, model_directory: Path) -> None:
     assert first["state_bytes"] == second["state_bytes"] == 2 * 8 * 32 * 4
     assert first["tokens"] > 0
     assert first["saved_to"] is None
+
+
+def test_weights_are_packed_as_told_for_decoding(rxt: Rxt) -> None:
+    outcome = rxt("chat", "--weights", "int8", "--seed", 0, messages=["My name is Anna."])
+    if native_runtime.available():
+        assert (outcome.status, "Anna" in outcome.out) == (0, True)
+    else:
+        refused(outcome, "--weights int8", "takes the native engine")
 
 
 def test_streamed_text_is_the_answer(rxt: Rxt, model_directory: Path) -> None:

@@ -66,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", metavar="DEVICE", help="torch device, such as cuda (default: cpu)")
     parser.add_argument(
+        "--weights",
+        choices=("float32", "bfloat16", "int8"),
+        help="what decoding on a CPU packs the model's weights in (default: as they are)",
+    )
+    parser.add_argument(
         "--rope-layout",
         choices=("auto", "split", "interleaved"),
         default="auto",
@@ -126,6 +131,12 @@ def _open(options: argparse.Namespace, settings: Settings, interrupts: Interrupt
     from rxt_model.cli.session import ChatSession
 
     model = load_full_model(options.model, device=options.device, rope_layout=options.rope_layout)
+    if options.weights is not None:
+        model.decode_weights = options.weights
+        try:
+            model.explain()
+        except ValueError as error:
+            raise UserError(f"--weights {options.weights}: {error}") from error
     vocabulary = model.decoder.config.vocab_size
     if settings.thinking_mode is not None and not model.thinks:
         raise UserError(f"--thinking-mode is for RxT-Beta; {options.model} is an {type(model).__name__}.")
