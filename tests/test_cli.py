@@ -603,6 +603,19 @@ class Terminal:
         before, self.output = self.output.split(found[0], 1)
         return before.decode(errors="replace")
 
+    def interrupt_until_it_ends(self) -> None:
+        """Ctrl-C at a prompt, again if nothing comes of it.
+
+        Python misses one that comes after a prompt is shown and before its reader waits for keys: nobody is that quick, but a
+        test is.
+        """
+        deadline = time.monotonic() + 60.0
+        with contextlib.suppress(OSError):  # the other side is closed
+            while time.monotonic() < deadline:
+                self.type("\x03")
+                while select.select([self.descriptor], [], [], 5.0)[0]:
+                    os.read(self.descriptor, 1 << 16)
+
     def status(self, seconds: float = 60.0) -> int:
         """The exit status, once the process has ended."""
         with contextlib.suppress(OSError):  # the other side is closed
@@ -799,7 +812,7 @@ sys.exit(main(sys.argv[1:]))
     terminal.type("my name is Anna\n")
     terminal.wait_for("my name is Anna\r\n")
     terminal.wait_for("\n> ")
-    terminal.type("\x03")  # at the prompt, most likely before memory is updated: it is, and is saved, all the same
+    terminal.interrupt_until_it_ends()  # most likely before memory is updated: it is, and is saved, all the same
     assert terminal.status() == 0
     assert load_state(path).turns == 2
 
