@@ -41,12 +41,14 @@ test-gpu: $(READY)
 # The address sanitizer must be loaded before Python; Python's own leaks are not ours.
 test-sanitized: $(READY)
 	RXT_NATIVE_SANITIZE=address,undefined $(RUN)/python setup.py --quiet build_ext --build-lib build/sanitized
+	@ls build/sanitized/rxt_kernels/_native*.so
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 RXT_KERNELS_EXTENSION="$$(ls build/sanitized/rxt_kernels/_native*.so)" \
 	$(RUN)/python -m pytest -q -m "not slow" tests/test_native_*.py
 
 test-emulated: $(READY)
 	RXT_NATIVE_EMULATE=1 RXT_NATIVE_SETS=avx512,avx512_bf16 $(RUN)/python setup.py --quiet build_ext --build-lib build/emulated
+	@ls build/emulated/rxt_kernels/_native*.so
 	RXT_KERNELS_EXTENSION="$$(ls build/emulated/rxt_kernels/_native*.so)" $(RUN)/python -m pytest -q -m "not slow" tests/test_native_*.py
 
 test-aot-small: $(READY)

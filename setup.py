@@ -150,8 +150,8 @@ class NinjaBuild(build_ext):
             raise BuildError(f"the Python package {error.name} is needed to build and is not installed.") from error
         folder = ROOT / "build" / ("native" + ("-sanitized" if SANITIZE else "") + ("-emulated" if EMULATE else ""))
         folder.mkdir(parents=True, exist_ok=True)
-        # An editable installation stays on this machine, a wheel travels.
-        text = ninja_file(target, instruction_sets(self.inplace or self.editable_mode))
+        # An editable installation and a build for sanitizers stay on this machine, a wheel travels.
+        text = ninja_file(target, instruction_sets(bool(self.inplace or self.editable_mode or SANITIZE)))
         plan = folder / "build.ninja"
         if not plan.exists() or plan.read_text(encoding="utf-8") != text:
             plan.write_text(text, encoding="utf-8")
