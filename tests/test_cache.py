@@ -76,6 +76,7 @@ def test_the_newest_of_n_tokens_is_at_position_n_minus_1(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(RotaryPositions, "angles", spy)
     model = alpha()
+    model.decode_engine = "modules"
     prompt = messages([4])[0]
     answer = list(model.interact(torch.tensor([prompt]), temperature=0.0, max_seq_len=12))[:-2]
     assert len(answer) == 12 - 6 - 1

@@ -110,6 +110,7 @@ def test_a_model_without_a_thinking_token_opens_with_the_answer() -> None:
         alpha().memory_attention.config,
         BETA_TOKENS.replace(think_token_id=None),
     ).eval()
+    model.decode_engine = "modules"
     tokens, rows = answer(model)
     assert tokens[0] == ANSWER
     assert rows == [1] * (len(tokens) - 1)

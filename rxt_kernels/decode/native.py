@@ -17,6 +17,7 @@ from torch import Tensor
 from rxt_kernels import native_runtime
 from rxt_kernels.checks import refuse_device, refuse_shape, refuse_type, refuse_value
 from rxt_kernels.decode.weights import DecoderWeights, ExpertWeights
+from rxt_kernels.dispatch import preferred_backend
 
 __all__ = ["PRECISIONS", "NativeEngine"]
 
@@ -86,6 +87,8 @@ class NativeEngine:
         """None, or why this engine cannot decode with these weights, in one sentence."""
         if (reason := native_runtime.unsupported_tensors(weights.embedding, weights.head)) is not None:
             return reason
+        if (preferred := preferred_backend()) not in ("auto", "native"):
+            return f"{preferred!r} is preferred in this block, and this engine is native."
         if weights.gate_activation not in _ACTIVATIONS:
             return f"the activation of gated attention is {weights.gate_activation!r}, which it does not have."
         for layer in weights.layers:

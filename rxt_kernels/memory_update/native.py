@@ -122,7 +122,7 @@ def supports(
         )
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on, which changes the dtype of projections in between; native kernels take one dtype."
-    for weights in (layers[0].attention, layers[0].context_attention):
+    for weights in (weights for layer in layers for weights in (layer.attention, layer.context_attention)):
         if weights is not None and weights.head_dim > attention.LARGEST_HEAD:
             return f"heads have {weights.head_dim} values; the kernels take at most {attention.LARGEST_HEAD}."
     if key_angles is not None and key_angles.requires_grad:
