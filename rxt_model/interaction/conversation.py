@@ -91,8 +91,8 @@ class Conversation(TextInterface):
     interaction, and whatever else reads, replaces, moves or saves memory or weights through this model, waits for it by
     itself; if the update failed, the first of them raises :class:`rxt_model.MemoryUpdateError` instead, once. An
     interpreter that exits finishes the update first. Before you change weights in another way than by ``to``, ``train`` or
-    ``load_state_dict``, call :meth:`finish_memory_update`. It is meant for callers that pause between messages: on two cores,
-    eagerly, an update in the background takes about twice as long, so that a message sent at once waits longer than without.
+    ``load_state_dict``, call :meth:`finish_memory_update`. It is meant for callers that pause between messages: an update
+    in the background takes longer (see ``benchmarks/NOTES.md``), so that a message sent at once may wait longer than without.
     """
 
     decoder: RxTDecoder
