@@ -167,9 +167,11 @@ class NinjaBuild(build_ext):
 
 
 library = find_packages(include=["rxt_kernels", "rxt_kernels.*", "rxt_model", "rxt_model.*"])
+files = sorted(str(path.relative_to(ROOT)) for path in SOURCES.rglob("*") if path.is_file())
 setup(
     packages=[*library, "rxt_benchmarks"],
     package_dir={"rxt_benchmarks": "benchmarks"},
-    ext_modules=[Extension("rxt_kernels._native", sources=[], optional=True)],
+    # ninja knows the sources; as what the extension depends on, they go into a source distribution.
+    ext_modules=[Extension("rxt_kernels._native", sources=[], depends=files, optional=True)],
     cmdclass={"build_ext": NinjaBuild},
 )
