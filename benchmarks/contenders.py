@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
-import inspect
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from rxt_kernels.decode import ENGINES, DecodeEngine, DecoderWeights, EagerEngine, supports
+from rxt_kernels.decode import DecodeEngine, DecoderWeights, EagerEngine, decode_engine, supports
 from rxt_kernels.dispatch import available_backends, explain, operations, use_backend
 from rxt_kernels.mixture_of_experts import route
 from rxt_model.decoder import RxTDecoder
@@ -255,19 +254,11 @@ def native_decoder(models: Models, memory: Tensor, dtype: str, capacity: int) ->
 
 
 def _native_engine(models: Models, rows: int, dtype: str, capacity: int) -> DecodeEngine:
-    """The engine from weights in float32; the only place that knows how it is asked for a precision."""
-    maker: Any = ENGINES.get("native")
-    if maker is None:
-        raise Absent(f"this build has no native decode engine; it has {', '.join(ENGINES)}.")
+    """The engine from weights in float32, packed in another type or as they are."""
     weights = models.weights
     if (reason := supports("native", weights)) is not None:
         raise Absent(f"the native engine cannot decode this model: {reason}")
-    parameters = inspect.signature(maker).parameters
-    if "precision" not in parameters:
-        if dtype != "float32":
-            raise Absent(f"the native engine of this build does not take weights of {dtype}.")
-        return cast(DecodeEngine, maker(weights, rows, capacity=capacity))
-    return cast(DecodeEngine, maker(weights, rows, capacity=capacity, precision=dtype))
+    return decode_engine(weights, rows, engine="native", capacity=capacity, precision=dtype)
 
 
 @contextmanager

@@ -33,7 +33,8 @@ def pack_weights(matrix: Tensor, precision: str) -> PackedWeights:
         precision: one of :data:`PRECISIONS`.
 
     Raises:
-        ValueError: the precision is unknown or the matrix has not two dimensions.
+        ValueError: the precision is unknown, the matrix has not two dimensions, or it is to be packed in int8 and holds a
+            value that is not finite.
         TypeError: the matrix has another dtype.
 
     Example:
@@ -46,6 +47,11 @@ def pack_weights(matrix: Tensor, precision: str) -> PackedWeights:
         raise ValueError(f"precision is {precision!r}; accepted are {', '.join(map(repr, PRECISIONS))}.")
     if matrix.dim() != 2:
         raise ValueError(f"matrix has shape {tuple(matrix.shape)}; accepted is (outputs, inputs).")
+    if precision == "int8" and not torch.isfinite(matrix).all():
+        raise ValueError(
+            "matrix holds NaN or infinity, which int8 cannot; accepted are finite weights, or the precision 'float32' or "
+            "'bfloat16'."
+        )
     outputs, inputs = matrix.shape
     data = torch.empty(extension.packed_elements(precision, outputs, inputs), dtype=PRECISIONS[precision])
     scales = torch.empty(extension.packed_scales(outputs)) if precision == "int8" else None

@@ -64,6 +64,8 @@ def test_strides_of_the_source_do_not_matter(precision: str) -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="precision is 'int4'"):
         pack_weights(torch.ones(2, 2), "int4")
+    with pytest.raises(ValueError, match="matrix holds NaN or infinity"):
+        pack_weights(torch.tensor([[1.0, float("nan")]]), "int8")
     with pytest.raises(ValueError, match=r"matrix has shape \(2,\)"):
         pack_weights(torch.ones(2), "int8")
     with pytest.raises(TypeError, match="source has a dtype"):

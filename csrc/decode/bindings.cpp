@@ -10,7 +10,7 @@ void bind_decode(py::module_& module) {
         .def(py::init<const py::dict&, int64_t, const std::string&>(), py::arg("decoder"), py::arg("rows"), py::arg("stored"))
         .def("set_memory", &Engine::set_memory, py::arg("memory"), py::arg("threads"))
         .def("step", &Engine::step, py::arg("tokens"), py::arg("rows"), py::arg("positions"), py::arg("logits"),
-             py::arg("most_likely"), py::arg("threads"))
+             py::arg("threads"))
         .def_property_readonly("allocations", &Engine::allocations)
         .def_property_readonly("capacity", &Engine::capacity);
 }

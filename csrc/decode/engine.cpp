@@ -283,14 +283,11 @@ void Engine::reserve_scratch(int64_t tokens, int64_t keys, int threads) {
     work_.heads = floats(tokens * work_.attention_width);
     work_.router_logits = floats(tokens * work_.router_width);
     work_.hidden = floats(tokens * experts * work_.hidden_width);
-    work_.routing_size = routing;
     work_.routing = floats(routing);
     work_.score_size = at_least(scores, work_.score_size);
     const int64_t own = at_least(few_tokens * width + few_routing, memory_block * width);
     work_.thread_size = whole_panels(at_least(work_.score_size, own));
     work_.thread = floats(threads * work_.thread_size);
-    work_.best = floats(threads * rows_);
-    work_.best_token = static_cast<int64_t*>(scratch_.make(threads * rows_ * int64_t{sizeof(int64_t)}));
 }
 
 void Engine::set_memory(const py::object& memory, int threads) {
@@ -325,16 +322,15 @@ void Engine::set_memory(const py::object& memory, int threads) {
 }
 
 void Engine::step(const py::object& tokens, const py::object& rows, const py::object& positions, const py::object& logits,
-                  const py::object& most_likely, int threads) {
+                  int threads) {
     const Tensor ids = Tensor::from_torch(tokens, "tokens");
     ids.expect(DType::int64).expect_dimensions(1).expect_contiguous();
     const int64_t count = ids.size(0);
     const Tensor row_of = Tensor::from_torch(rows, "rows"), place_of = Tensor::from_torch(positions, "positions");
     row_of.expect(DType::int64).expect_shape({count}).expect_contiguous();
     place_of.expect(DType::int64).expect_shape({count}).expect_contiguous();
-    const Tensor out = Tensor::from_torch(logits, "logits"), best = Tensor::from_torch(most_likely, "most_likely");
+    const Tensor out = Tensor::from_torch(logits, "logits");
     out.expect(DType::float32).expect_shape({rows_, model_.vocabulary}).expect_contiguous_rows();
-    best.expect(DType::int64).expect_shape({rows_}).expect_contiguous();
     if (count < 1) throw py::value_error("tokens are none; accepted is at least one.");
     if (threads < 1) throw py::value_error("threads is below 1.");
     const auto* id = ids.data_as<int64_t>();
@@ -377,7 +373,7 @@ void Engine::step(const py::object& tokens, const py::object& rows, const py::ob
         const bool goes_on = last < count && row[last] == row[last - 1];
         const Step arguments{&model_, stored_, cache_.data(), memory_.data(), memory_rows_, slots_, work_, threads,
                              last - first, id + first, row + first, place + first, segments, segments_.data(),
-                             segments - (goes_on ? 1 : 0),                             out.data_as<float>(), out.stride(0), best.data_as<int64_t>(), rows_};
+                             segments - (goes_on ? 1 : 0),                             out.data_as<float>(), out.stride(0)};
         kernel(arguments);
         first = last;
     }

@@ -33,9 +33,9 @@ public:
     // (L, 1 or rows, S, D): projected into keys and values.
     void set_memory(const pybind11::object& memory, int threads);
 
-    // Tokens of some rows, each row's together and in rising position; logits (rows, V) and most_likely (rows,) of those rows.
+    // Tokens of some rows, each row's together and in rising position; logits (rows, V) of those rows.
     void step(const pybind11::object& tokens, const pybind11::object& rows, const pybind11::object& positions,
-              const pybind11::object& logits, const pybind11::object& most_likely, int threads);
+              const pybind11::object& logits, int threads);
 
     int64_t allocations() const { return caches_.count() + memories_.count() + scratch_.count(); }
     int64_t capacity() const { return cache_.empty() ? 0 : cache_[0].capacity; }

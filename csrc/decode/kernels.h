@@ -39,12 +39,9 @@ struct Workspace {
     float* hidden = nullptr;         // (tokens * experts per token, hidden_width)
     int64_t hidden_width = 0;
     float* routing = nullptr;  // see experts.h
-    int64_t routing_size = 0;
     float* thread = nullptr;  // (threads, thread_size)
     int64_t thread_size = 0;
     int64_t score_size = 0;  // of thread_size, for the scores of attention
-    float* best = nullptr;   // (threads, rows): largest logits, and which they are
-    int64_t* best_token = nullptr;
 };
 
 // Tokens of one row stand together, in rising position; rows rise as well.
@@ -68,8 +65,6 @@ struct Step {
     int64_t finished_segments;
     float* logits;  // (rows, logits_stride)
     int64_t logits_stride;
-    int64_t* most_likely;  // (rows,): the first of the largest logits
-    int64_t row_count;
 };
 
 // The memory (layers, rows, slots, width) that keys and values are made of.

@@ -19,7 +19,7 @@ void embed(const Step& step, const Team& team) {
     }
 }
 
-// Logits of the last token of every segment, and which of them is the largest: each thread looks for it among its own.
+// Logits of the last token of every segment that ends a message.
 void vocabulary_head(const Step& step, const Team& team) {
     const Model& model = *step.model;
     const Workspace& work = step.work;
@@ -35,12 +35,6 @@ void vocabulary_head(const Step& step, const Team& team) {
         }
     }
     team.wait();
-    float* best = work.best + team.thread * step.row_count;
-    int64_t* best_token = work.best_token + team.thread * step.row_count;
-    for (int64_t row = 0; row < step.row_count; ++row) {
-        best[row] = -__builtin_inff();
-        best_token[row] = -1;
-    }
     project(model.head, team.share(model.head.panels()), step.finished_segments,
             [&](int64_t s) { return work.normed + s * model.width; }, [&](const Sums& sums) {
                 const int64_t first = sums.first_output(), left = model.vocabulary - first;
@@ -50,22 +44,8 @@ void vocabulary_head(const Step& step, const Team& team) {
                     float* logits = step.logits + row * step.logits_stride + first;
                     for (int64_t i = 0; i < count; i += Float::lanes)
                         store_up_to(logits + i, load(sums.row(r) + i), count - i);
-                    for (int64_t i = 0; i < count; ++i)
-                        if (sums.row(r)[i] > best[row]) {
-                            best[row] = sums.row(r)[i];
-                            best_token[row] = first + i;
-                        }
                 }
             });
-    team.wait();
-    if (team.thread != 0) return;
-    for (int64_t s = 0; s < step.finished_segments; ++s) {
-        const int64_t row = step.rows[last_token(s)];
-        int64_t found = 0;
-        for (int thread = 1; thread < team.threads; ++thread)  // later threads have later tokens: the first of equals stays
-            if (work.best[thread * step.row_count + row] > work.best[found * step.row_count + row]) found = thread;
-        step.most_likely[row] = work.best_token[found * step.row_count + row];
-    }
 }
 
 template <class Stored>

@@ -96,6 +96,4 @@ inline Float scale_by_power(Float x, Float n) {
     return {_mm256_mul_ps(x.value, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
 }
 
-inline Float square_root(Float x) { return {_mm256_sqrt_ps(x.value)}; }
-
 }  // namespace rxt::avx2

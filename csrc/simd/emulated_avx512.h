@@ -93,12 +93,6 @@ static inline __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
     const auto x = lanes<float>(a), y = lanes<float>(b), z = lanes<float>(c);
     return each([&](int i) { return __builtin_fmaf(x.at[i], y.at[i], z.at[i]); });
 }
-static inline __m512 fnmadd_ps(__m512 a, __m512 b, __m512 c) { return fmadd_ps(-a, b, c); }
-static inline __m512 fmsub_ps(__m512 a, __m512 b, __m512 c) { return fmadd_ps(a, b, -c); }
-static inline __m512 sqrt_ps(__m512 a) {
-    const auto x = lanes<float>(a);
-    return each([&](int i) { return __builtin_sqrtf(x.at[i]); });
-}
 // Where either is NaN, and where both are zero, the second operand.
 static inline __m512 max_ps(__m512 a, __m512 b) {
     const auto x = lanes<float>(a), y = lanes<float>(b);
@@ -130,8 +124,6 @@ static inline __m512 mask_blend_ps(__mmask16 mask, __m512 a, __m512 b) {
     const auto x = lanes<float>(a), y = lanes<float>(b);
     return each([&](int i) { return chosen(mask, i) ? y.at[i] : x.at[i]; });
 }
-static inline __m512 mask_mov_ps(__m512 kept, __mmask16 mask, __m512 x) { return mask_blend_ps(mask, kept, x); }
-static inline __m512 maskz_mov_ps(__mmask16 mask, __m512 x) { return mask_blend_ps(mask, setzero_ps(), x); }
 static inline __m512i mask_mov_epi32(__m512i kept, __mmask16 mask, __m512i x) {
     const auto a = lanes<int32_t>(kept), b = lanes<int32_t>(x);
     return each_integer([&](int i) { return chosen(mask, i) ? b.at[i] : a.at[i]; });
@@ -169,7 +161,6 @@ static inline __m512i srli_epi32(__m512i a, int count) {
     return each_integer([&](int i) { return static_cast<int32_t>(x.at[i] >> count); });
 }
 static inline __m512i and_si512(__m512i a, __m512i b) { return a & b; }
-static inline __m512i or_si512(__m512i a, __m512i b) { return a | b; }
 static inline __m512i add_epi32(__m512i a, __m512i b) {
     const auto x = lanes<uint32_t>(a), y = lanes<uint32_t>(b);
     return each_integer([&](int i) { return static_cast<int32_t>(x.at[i] + y.at[i]); });
@@ -191,10 +182,6 @@ static inline __m256i cvtepi32_epi16(__m512i a) {
 static inline __m512 cvtepi32_ps(__m512i a) {
     const auto x = lanes<int32_t>(a);
     return each([&](int i) { return static_cast<float>(x.at[i]); });
-}
-static inline __m512i cvtps_epi32(__m512 a) {
-    const auto x = lanes<float>(a);
-    return each_integer([&](int i) { return static_cast<int32_t>(__builtin_rintf(x.at[i])); });
 }
 
 // To bfloat16, to nearest, ties to even; denormal values become zero.
@@ -235,15 +222,10 @@ static inline __m512 dpbf16_ps(__m512 c, Pairs a, Pairs b) {
 #define _mm512_mul_ps(a, b) ::rxt::emulated::mul_ps(a, b)
 #define _mm512_div_ps(a, b) ::rxt::emulated::div_ps(a, b)
 #define _mm512_fmadd_ps(a, b, c) ::rxt::emulated::fmadd_ps(a, b, c)
-#define _mm512_fnmadd_ps(a, b, c) ::rxt::emulated::fnmadd_ps(a, b, c)
-#define _mm512_fmsub_ps(a, b, c) ::rxt::emulated::fmsub_ps(a, b, c)
-#define _mm512_sqrt_ps(a) ::rxt::emulated::sqrt_ps(a)
 #define _mm512_max_ps(a, b) ::rxt::emulated::max_ps(a, b)
 #define _mm512_min_ps(a, b) ::rxt::emulated::min_ps(a, b)
 #define _mm512_cmp_ps_mask(a, b, predicate) ::rxt::emulated::cmp_ps_mask(a, b, predicate)
 #define _mm512_mask_blend_ps(mask, a, b) ::rxt::emulated::mask_blend_ps(mask, a, b)
-#define _mm512_mask_mov_ps(kept, mask, x) ::rxt::emulated::mask_mov_ps(kept, mask, x)
-#define _mm512_maskz_mov_ps(mask, x) ::rxt::emulated::maskz_mov_ps(mask, x)
 #define _mm512_mask_mov_epi32(kept, mask, x) ::rxt::emulated::mask_mov_epi32(kept, mask, x)
 #define _mm512_reduce_add_ps(a) ::rxt::emulated::reduce_add_ps(a)
 #define _mm512_reduce_max_ps(a) ::rxt::emulated::reduce_max_ps(a)
@@ -252,13 +234,11 @@ static inline __m512 dpbf16_ps(__m512 c, Pairs a, Pairs b) {
 #define _mm512_slli_epi32(a, count) ::rxt::emulated::slli_epi32(a, count)
 #define _mm512_srli_epi32(a, count) ::rxt::emulated::srli_epi32(a, count)
 #define _mm512_and_si512(a, b) ::rxt::emulated::and_si512(a, b)
-#define _mm512_or_si512(a, b) ::rxt::emulated::or_si512(a, b)
 #define _mm512_add_epi32(a, b) ::rxt::emulated::add_epi32(a, b)
 #define _mm512_cvtepu16_epi32(a) ::rxt::emulated::cvtepu16_epi32(a)
 #define _mm512_cvtepi8_epi32(a) ::rxt::emulated::cvtepi8_epi32(a)
 #define _mm512_cvtepi32_epi16(a) ::rxt::emulated::cvtepi32_epi16(a)
 #define _mm512_cvtepi32_ps(a) ::rxt::emulated::cvtepi32_ps(a)
-#define _mm512_cvtps_epi32(a) ::rxt::emulated::cvtps_epi32(a)
 #define _mm512_castps_si512(a) reinterpret_cast<__m512i>(a)
 #define _mm512_castsi512_ps(a) reinterpret_cast<__m512>(a)
 #define _mm512_cvtneps_pbh(a) ::rxt::emulated::cvtneps_pbh(a)

@@ -93,9 +93,4 @@ inline Float scale_by_power(Float x, Float n) {
     return x * power;
 }
 
-inline Float square_root(Float x) {
-    for (int lane = 0; lane < Float::lanes; ++lane) x.value[lane] = __builtin_sqrtf(x.value[lane]);
-    return x;
-}
-
 }  // namespace rxt::portable

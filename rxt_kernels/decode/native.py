@@ -78,7 +78,6 @@ class NativeEngine:
                 native_decoder(weights, precision, room), rows, stored
             )
             self._logits = torch.zeros(rows, self._vocabulary)
-            self._most_likely = torch.zeros(rows, dtype=torch.int64)
             self._row = torch.arange(rows)
         self._has_memory = False
 
@@ -198,7 +197,7 @@ class NativeEngine:
         return self._found()
 
     def _run(self, tokens: Tensor, rows: Tensor, positions: Tensor) -> None:
-        self._engine.step(tokens, rows, positions, self._logits, self._most_likely, torch.get_num_threads())
+        self._engine.step(tokens, rows, positions, self._logits, torch.get_num_threads())
 
     def _found(self) -> Tensor:
         return self._logits.to(self._dtype)
