@@ -100,7 +100,10 @@ class Conversation(TextInterface):
     memory_attention: RxTMemoryAttention
 
     decode_engine: str = "auto"
-    """How answers are decoded: "auto", "modules", or the name of an engine of :mod:`rxt_kernels.decode`."""
+    """How answers are decoded: "auto", "modules", or the name of an engine of :mod:`rxt_kernels.decode`.
+
+    An answer without a cache (``use_self_attn_cache=False``) is always computed by the modules: that is what it is for.
+    """
 
     decode_weights: str | None = None
     """What the native engine packs weights in: "float32", "bfloat16", "int8", or None for the dtype of the model."""
