@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sysconfig
@@ -111,8 +112,10 @@ def ninja_file(target: Path, sets: list[str]) -> str:
     # Where the compiler looks first for core/python.h, it finds the precompiled one; clang looks on.
     more = " ".join(["-O1", *python])  # nothing in bindings takes time, but compiling them
     lines.extend([f"build precompiled/core/python.h.gch: precompile {SOURCES / 'core/python.h'}", f"  more = {more}"])
+    fingerprint = runpy.run_path(str(ROOT / "rxt_kernels" / "native_sources.py"))["fingerprint"](SOURCES)
     for source in once:
-        compile_once(source, "once", f"-Iprecompiled {more}", " | precompiled/core/python.h.gch")
+        own = f"-DRXT_SOURCES='\"{fingerprint}\"'" if source.parent == SOURCES else ""
+        compile_once(source, "once", f"-Iprecompiled {more} {own}", " | precompiled/core/python.h.gch")
     # Lowest first: where the linker finds one function several times, it keeps the first.
     for name in sets:
         for source in kernels:

@@ -20,6 +20,7 @@ void bind_sparse_query_attention(py::module_&);
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "CPU kernels of rxt_kernels; use them through the public operations, which check and dispatch.";
+    module.attr("sources") = RXT_SOURCES;  // the fingerprint of csrc, to tell whether Python and kernels fit together
     module.def("instruction_sets", [] {
         std::vector<std::string> names;
         for (auto set : rxt::usable_instruction_sets()) names.emplace_back(rxt::name(set));

@@ -8,6 +8,7 @@ or with emulated AVX-512 name another build of it in ``RXT_KERNELS_EXTENSION``.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch  # before the extension, so that both use the thread pool that torch brought
 from torch import Tensor
+
+from .native_sources import fingerprint
 
 __all__ = [
     "available",
@@ -46,6 +49,16 @@ def _import() -> Any:
     return module
 
 
+def _outdated(module: Any, checkout: Path) -> str | None:
+    """Why the extension does not belong to this checkout of the project, in one sentence; None if it does."""
+    sources = checkout / "csrc"
+    if not (checkout / "setup.py").exists() or not (sources / "bindings.cpp").exists():
+        return None  # installed without its sources
+    if getattr(module, "sources", None) == fingerprint(sources):
+        return None
+    return "The native CPU kernels are off: they were built from other sources than csrc/ has now; run `make native`."
+
+
 def _load() -> tuple[Any, str | None]:
     """The extension, or None and the reason why there is none."""
     try:
@@ -56,6 +69,9 @@ def _load() -> tuple[Any, str | None]:
         if built and built != "built":
             return None, f"The native CPU kernels were not built: {built}"
         return None, f"The native CPU kernels cannot be loaded ({error}); install the package again to build them."
+    if outdated := _outdated(module, Path(__file__).parent.parent):
+        warnings.warn(outdated, RuntimeWarning, stacklevel=2)
+        return None, outdated
     wanted = os.environ.get(INSTRUCTION_SET_VARIABLE)
     try:
         if wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,18 @@ def test_without_the_extension_everything_runs_and_says_why() -> None:
     assert out.startswith("[1.0, 1.0]")
     assert "backend='native' was asked for rms_norm, but cannot run here: The native CPU kernels" in out
     assert "'available': False" in out
+
+
+@needs_native
+def test_an_extension_of_other_sources_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "setup.py").touch()
+    assert native_runtime._outdated(native_runtime.extension, ROOT) is None
+    assert native_runtime._outdated(native_runtime.extension, tmp_path) is None  # installed without sources
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    assert native_runtime._outdated(native_runtime.extension, tmp_path) is None
+    with open(tmp_path / "csrc" / "bindings.cpp", "a") as file:
+        file.write("// one line more\n")
+    assert "run `make native`" in str(native_runtime._outdated(native_runtime.extension, tmp_path))
 
 
 def test_without_a_compiler_the_build_succeeds_and_leaves_the_reason(tmp_path: Path) -> None:
