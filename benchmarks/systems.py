@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from rxt_model.config import StatelessConfig, TokenIds
-from rxt_model.interaction.engine import MODULES
 from rxt_model.interaction.sampling import Sampler, SamplingOptions
 from rxt_model.interaction.stateless_conversation import StatelessConversation
 from rxt_model.interaction.text import MEMORY_UPDATE_END, MEMORY_UPDATE_START
@@ -105,9 +104,6 @@ class RxTSystem:
     def __init__(self, model: ReactiveTransformer) -> None:
         self.name, self.title = "rxt", "RxT"
         self.model = model
-        if model.device.type == "cpu":
-            # The stateless model has no engine on CPUs, and both are to be decoded alike.
-            model.decode_engine = MODULES
         self.costs = RxTCosts(model.decoder.config, model.encoder.config, model.memory_attention.config)
         self._timer = make_timer(model.device)
 

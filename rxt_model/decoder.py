@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +38,18 @@ def mean_of_losses(losses: Sequence[Tensor | None]) -> Tensor | None:
 
 
 class CausalNetwork(nn.Module):
-    """What every causal model of the family does between token ids and hidden states.
+    """What every causal model of the family does between token ids and logits.
 
-    A subclass owns ``embedding`` and ``rotary`` and says in which order its layers run.
+    A subclass owns what is annotated here, and says in which order its layers run.
     """
 
+    config: TransformerConfig
+    """What the layers were built from."""
     embedding: nn.Embedding
     rotary: RotaryPositions | None
+    head_norm: nn.Module | None
+    head: nn.Linear | None
+    """None where the embedding is the head too."""
 
     def layers_in_order(self) -> Iterator[tuple[TransformerLayer, int | None]]:
         """Every layer, with the index of the memory layer it reads, or None."""
@@ -85,9 +90,26 @@ class CausalNetwork(nn.Module):
             losses.append(loss)
         return HiddenStates(x, mean_of_losses(losses), tuple(losses))
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Head norm, if any, and head: (..., D) to (..., V)."""
+        if self.head_norm is not None:
+            hidden = self.head_norm(hidden)
+        logits: Tensor = nn.functional.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        return logits
+
+
+class CausalModel(Protocol):
+    """A module around a causal network: a decoder, a language model."""
+
+    @property
+    def model(self) -> CausalNetwork:
+        """The network."""
+
 
 class DecoderNetwork(CausalNetwork):
     """Embedding, stateless layers, stateful layers, final stateless layers, head; ``model.`` in checkpoints."""
+
+    head: nn.Linear
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -110,7 +132,7 @@ class DecoderNetwork(CausalNetwork):
             for _ in range(config.num_layers)
         )
         self.final_stateless_layers = self._stateless(config.final_stateless_layers_config)
-        self.head_norm: nn.Module | None = None
+        self.head_norm = None
         if config.use_head_norm:
             is_rms = config.head_norm_type == "rms_norm"
             self.head_norm = RMSNorm(config.embed_dim) if is_rms else nn.LayerNorm(config.embed_dim)
@@ -142,11 +164,6 @@ class DecoderNetwork(CausalNetwork):
     def project_memory(self, memory: Tensor) -> list[MemoryKeyValue]:
         """Keys and values of every stateful layer for a memory (L, 1 or B, S, D); valid until the memory changes."""
         return [layer.project_memory(memory[index]) for layer, index in self.layers_in_order() if index is not None]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Head norm, if any, and head: (..., D) to (..., V)."""
-        logits: Tensor = self.head(hidden if self.head_norm is None else self.head_norm(hidden))
-        return logits
 
 
 class RxTDecoder(ReadByUpdates, PretrainedModel):

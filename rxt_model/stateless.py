@@ -20,9 +20,11 @@ from rxt_model.layers.transformer_layer import TransformerLayer
 class StatelessNetwork(CausalNetwork):
     """Embedding, causal layers without memory reads, head; ``model.`` in checkpoints."""
 
+    head: nn.Linear
+
     def __init__(self, config: StatelessConfig) -> None:
         super().__init__()
-        layer_config = config.transformer_config()
+        layer_config = self.config = config.transformer_config()
         self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
         self.layers = nn.ModuleList(
             TransformerLayer(
@@ -34,6 +36,7 @@ class StatelessNetwork(CausalNetwork):
             )
             for _ in range(config.num_layers)
         )
+        self.head_norm = None
         self.head = nn.Linear(config.embed_dim, config.vocab_size)
         self.rotary = rotary_positions(layer_config)
 
@@ -97,8 +100,7 @@ class SparseQueryTransformer(PretrainedModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary head: (..., D) to (..., V)."""
-        logits: Tensor = self.model.head(hidden)
-        return logits
+        return self.model.logits(hidden)
 
     def forward(
         self,

@@ -19,7 +19,15 @@ from torch.utils._pytree import tree_map
 from triton_cases import DEVICE, needs_triton
 
 from rxt_kernels import native_runtime, use_backend
-from rxt_kernels.decode import ENGINES, CudaGraphEngine, DecoderWeights, EagerEngine, decode_engine, supports
+from rxt_kernels.decode import (
+    ENGINES,
+    CudaGraphEngine,
+    DecoderWeights,
+    EagerEngine,
+    NativeEngine,
+    decode_engine,
+    supports,
+)
 from rxt_kernels.decode.cuda_graph import capture_cuda_graph
 from rxt_kernels.dispatch import operations
 from rxt_model.interaction.decoding import padded
@@ -60,7 +68,7 @@ def memory_of(model: ReactiveTransformer, rows: int, seed: int = 1) -> Tensor:
 
 
 def answer(
-    engine: EagerEngine,
+    engine: EagerEngine | NativeEngine,
     prompts: Sequence[Sequence[int]],
     steps: Sequence[Sequence[int]],
     ends: dict[int, int] | None = None,
@@ -179,6 +187,40 @@ def test_a_full_row_that_has_ended_does_not_disturb_the_others(kind: Maker) -> N
         torch.testing.assert_close(logits[1], one, rtol=1e-4, atol=1e-4)
     with refusal(ValueError, "9 tokens", "limit of this engine is 8"):
         engine.step(torch.tensor([9, 9], device=DEVICE))
+
+
+ENGINES_HERE = [EagerEngine, *([NativeEngine] if native_runtime.available() and DEVICE == "cpu" else [])]
+
+
+@pytest.mark.parametrize("held", [(5, 5, 5), (5, 2, 9)])
+@pytest.mark.parametrize("kind", ENGINES_HERE)
+def test_rows_go_on_behind_what_they_hold(kind: type[EagerEngine] | type[NativeEngine], held: tuple[int, ...]) -> None:
+    """Messages, a step, further messages of other lengths, a step; as if every row had been read at once."""
+    model = make("beta-3b", DEVICE)
+    engine = kind(decoder_weights(model.decoder), 1).another(3, capacity=4)
+    memory = memory_of(model, 3)
+    engine.set_memory(memory)
+    before, behind = messages(held), messages([7, 3, 1], seed=1)
+    answer(engine, before, [[20, 21, 22]])
+    assert engine.lengths == tuple(count + 1 for count in map(len, before))
+    tokens, _ = padded(behind, torch.device(DEVICE))
+    found = [
+        engine.extend(tokens, list(map(len, behind))).clone(),
+        engine.step(torch.tensor([30, 31, 32], device=DEVICE)),
+    ]
+    assert engine.lengths == tuple(len(a) + len(b) + 2 for a, b in zip(before, behind, strict=True))
+    attentions = [layer.attention for layer in decoder_weights(model.decoder).layers]
+    per_token = sum(2 * one.key_value_heads * one.head_dim * 4 for one in attentions)
+    assert engine.state_bytes() == per_token * sum(engine.lengths)
+    for row in range(3):
+        whole = [*before[row], 20 + row, *behind[row]]
+        true = expected(model, memory[:, row : row + 1], whole, [30 + row])
+        torch.testing.assert_close(
+            torch.stack([logits[row] for logits in found]), torch.stack(true), rtol=1e-4, atol=1e-4
+        )
+    with refusal(ValueError, "lengths", "[99, 3, 1]"):
+        engine.extend(tokens, [99, 3, 1])
+    assert engine.another(3).lengths == (0, 0, 0)
 
 
 def test_reset_keeps_the_memory_and_forgets_the_message() -> None:

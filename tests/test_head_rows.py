@@ -136,14 +136,16 @@ def test_engines_compute_the_head_behind_the_last_token_only(name: str, engine: 
             assert head.rows == [3, 3]
 
 
+@pytest.mark.parametrize("engine", ["modules", "eager"])
 @pytest.mark.parametrize(("keep_cache", "use_cache"), [(True, True), (False, True), (False, False)])
-def test_conversations_without_memory(keep_cache: bool, use_cache: bool) -> None:
+def test_conversations_without_memory(engine: str, keep_cache: bool, use_cache: bool) -> None:
     """Also where a turn begins by reading the whole history again."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"num_layers": 1, "vocab_size": 300, "embed_dim": 32, "ff_dim": 32}
     config = StatelessConfig(**sizes, att_heads=4, att_groups=2, att_num_query_groups=2)
     model = SparseQueryTransformer(config).eval()
     conversation = StatelessConversation(model, alpha().token_ids, keep_cache=keep_cache)
+    conversation.decode_engine = engine
     for _ in range(3):
         with HeadRows(model.model.head.weight) as head:
             tokens = list(

@@ -1,13 +1,18 @@
-"""A conversation without memory: both ways of keeping its history give the same tokens, and nothing is lost or invented."""
+"""A conversation without memory: both ways of keeping its history give the same tokens, and nothing is lost or invented.
+
+On CPUs answers come out of the native engine; what only one way of decoding can go wrong with is asked of both.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from rxt_kernels import native_runtime
 from rxt_model import SparseQueryTransformer, StatelessConfig, TokenIds, train_tokenizer
 from rxt_model.interaction.sampling import Sampler, SamplingOptions
 from rxt_model.interaction.stateless_conversation import StatelessConversation
@@ -23,6 +28,15 @@ def model() -> SparseQueryTransformer:
         seq_len=16, use_moe_ff=True, ff_num_experts=4, ff_moe_top_k=2,
     )  # fmt: skip
     return SparseQueryTransformer(config).eval()
+
+
+@pytest.fixture(params=["modules", "eager", "native"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every conversation of a test decodes in this way."""
+    if request.param == "native" and (reason := native_runtime.unavailable()) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(StatelessConversation, "decode_engine", request.param)
+    return str(request.param)
 
 
 def message(*ids: int) -> Tensor:
@@ -43,6 +57,7 @@ def greedy_without_cache(model: SparseQueryTransformer, history: list[int], step
         yield token
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("keep_cache", [False, True])
 @torch.no_grad()
 def test_answers_are_the_greedy_continuation_of_the_whole_history(
@@ -60,6 +75,7 @@ def test_answers_are_the_greedy_continuation_of_the_whole_history(
     assert len(history) > model.config.seq_len  # rotary angles exist for every position
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_sampled_answers_do_not_depend_on_how_the_history_is_kept(model: SparseQueryTransformer, seed: int) -> None:
     talks = [
@@ -69,6 +85,7 @@ def test_sampled_answers_do_not_depend_on_how_the_history_is_kept(model: SparseQ
     assert talks[0] == talks[1] == talks[2]
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("read", [1, 2, 5])
 def test_a_caller_that_stops_reading_is_remembered_up_to_there(model: SparseQueryTransformer, read: int) -> None:
     answers = []
@@ -96,6 +113,7 @@ class FailsAtThirdToken(Sampler):
         return super().__call__(logits)
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("keep_cache", [False, True])
 def test_an_exception_leaves_the_history_as_it_was(model: SparseQueryTransformer, keep_cache: bool) -> None:
     conversation = StatelessConversation(model, TOKENS, keep_cache=keep_cache)
@@ -110,6 +128,7 @@ def test_an_exception_leaves_the_history_as_it_was(model: SparseQueryTransformer
     assert list(conversation.interact(MESSAGES[1], temperature=0.0)) == expected
 
 
+@pytest.mark.usefixtures("engine")
 def test_state_is_what_has_to_be_kept(model: SparseQueryTransformer) -> None:
     reread = StatelessConversation(model, TOKENS)
     kept = StatelessConversation(model, TOKENS, keep_cache=True)
@@ -187,3 +206,77 @@ def test_a_full_history_ends_the_answer(model: SparseQueryTransformer) -> None:
     assert len(answer) <= 3
     with pytest.raises(ValueError, match="max_history = 9"):
         conversation.interact(MESSAGES[1])
+
+
+def test_conversations_of_one_model_do_not_meet(model: SparseQueryTransformer, engine: str) -> None:
+    """Two answers are read in turn, each behind a history of its own, from weights that are packed once."""
+
+    def told() -> StatelessConversation:
+        conversation = StatelessConversation(model, TOKENS, keep_cache=True)
+        list(conversation.interact(MESSAGES[0], temperature=0.0, max_seq_len=14))
+        return conversation
+
+    def answers(first: StatelessConversation, second: StatelessConversation) -> list[list[int]]:
+        streams = [
+            first.interact(MESSAGES[1], temperature=0.0, max_seq_len=14),
+            second.interact(MESSAGES[2], temperature=0.0, max_seq_len=14),
+        ]
+        found: list[list[int]] = [[], []]
+        for _ in range(14):
+            for tokens, stream in zip(found, streams, strict=True):
+                tokens += [token for token in [next(stream, None)] if token is not None]
+        return found
+
+    one, two = told(), told()
+    together = answers(one, two)
+    alone = [list(told().interact(ids, temperature=0.0, max_seq_len=14)) for ids in MESSAGES[1:3]]
+    assert together == alone
+    if engine != "modules":
+        assert one._engine is not two._engine
+    if engine == "native":
+        assert one._engine._decoder is two._engine._decoder  # type: ignore[union-attr]
+
+
+def test_a_copy_goes_on_by_itself(model: SparseQueryTransformer, engine: str) -> None:
+    conversation = StatelessConversation(model, TOKENS, keep_cache=True)
+    list(conversation.interact(MESSAGES[0], temperature=0.0, max_seq_len=14))
+    other = copy.deepcopy(conversation)
+    expected = list(conversation.interact(MESSAGES[1], temperature=0.0, max_seq_len=14))
+    assert list(other.interact(MESSAGES[1], temperature=0.0, max_seq_len=14)) == expected
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_model_that_has_changed_reads_its_history_again(model: SparseQueryTransformer) -> None:
+    own = copy.deepcopy(model)
+    answers = []
+    for keep_cache in (True, False):
+        conversation = StatelessConversation(own, TOKENS, keep_cache=keep_cache)
+        list(conversation.interact(MESSAGES[0], temperature=0.0, max_seq_len=14))
+        with torch.no_grad():
+            own.model.embedding.weight.mul_(2.0)
+        answers.append(list(conversation.interact(MESSAGES[1], temperature=0.0, max_seq_len=14)))
+        with torch.no_grad():
+            own.model.embedding.weight.mul_(0.5)
+    assert answers[0] == answers[1]
+
+
+def test_it_says_how_it_decodes_and_why(model: SparseQueryTransformer) -> None:
+    conversation = StatelessConversation(model, TOKENS)
+    if native_runtime.available():
+        assert conversation.explain() == ("Answers are decoded by the native engine: it can decode this model on cpu.")
+        conversation.decode_weights = "int8"
+        assert "with weights in int8" in conversation.explain()
+        assert len(list(conversation.interact(MESSAGES[0], temperature=0.0))) > 1
+        conversation.decode_weights = None
+    hooked = copy.deepcopy(model)
+    hooked.model.head.register_forward_hook(lambda *_: None)
+    found = StatelessConversation(hooked, TOKENS).explain()
+    assert found == (
+        "Answers are decoded operation by operation through the modules: model.head has forward hooks, which an engine "
+        "would not call."
+    )
+    conversation.decode_engine = "modules"
+    assert conversation.explain().endswith("through the modules: it was asked for.")
+    conversation.decode_engine = "fast"
+    with pytest.raises(ValueError, match="decode_engine is 'fast', which is not known"):
+        conversation.interact(MESSAGES[0]).__next__()

@@ -3,6 +3,7 @@
     engine.set_memory(memory)                 keys and values of the short-term memory, projected once per memory update
     logits = engine.prefill(tokens, lengths)  a message; whatever was answered before is forgotten
     logits = engine.step(next_tokens)         one more token per row, until the answers have ended
+    logits = engine.extend(tokens, lengths)   several more, behind all that is stored: the next message of a conversation
 
 Tokens are chosen by the caller. The buffers are made once for a number of rows and a capacity and stay where they are,
 so that an engine may record a step and repeat it. What a step needs to know of the past (lengths, keys, values, memory)
@@ -11,6 +12,7 @@ lies on the device and moves on there: a step never waits for the device.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Protocol
@@ -24,7 +26,7 @@ from rxt_kernels.decode.weights import DecoderWeights
 from rxt_kernels.rotary import rotary
 from rxt_kernels.sparse_query_attention import sparse_query_attention
 
-__all__ = ["DecodeEngine", "EagerEngine"]
+__all__ = ["DecodeEngine", "EagerEngine", "check_sizes"]
 
 
 class DecodeEngine(Protocol):
@@ -46,11 +48,24 @@ class DecodeEngine(Protocol):
     def capacity(self) -> int:
         """Tokens per row that there is room for without growing."""
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens that each row holds."""
+
+    def state_bytes(self) -> int:
+        """Bytes of the keys and values of what the rows hold."""
+
+    def another(self, rows: int, *, capacity: int = 256, limit: int | None = None) -> DecodeEngine:
+        """An engine on the same weights, packed once for both, with messages and a memory of its own."""
+
     def set_memory(self, memory: Tensor) -> None:
         """Read this memory (L, 1 or B, S, D) from now on; call it again after every update."""
 
     def prefill(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         """Start a message: right-padded tokens (B, T) int64 and their lengths to logits (B, V) behind the last of each."""
+
+    def extend(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """As prefill, behind what the rows hold already."""
 
     def step(self, tokens: Tensor, active: Sequence[bool] | None = None) -> Tensor:
         """One more token (B,) int64 per row to the next logits (B, V), valid until the next call.
@@ -60,6 +75,13 @@ class DecodeEngine(Protocol):
 
     def reset(self) -> None:
         """Forget the message, keep the memory."""
+
+
+def check_sizes(rows: int, capacity: int, limit: int | None) -> None:
+    """Require whole numbers from 1; the limit may be None."""
+    for name, value in (("rows", rows), ("capacity", capacity), ("limit", limit)):
+        if (type(value) is not int or value < 1) and not (name == "limit" and value is None):
+            refuse_value(name, value, "an integer of at least 1")
 
 
 @contextmanager
@@ -86,15 +108,17 @@ class EagerEngine:
     devices: ClassVar[frozenset[str]] = frozenset()  # the modules themselves do the same
 
     def __init__(self, weights: DecoderWeights, rows: int, *, capacity: int = 256, limit: int | None = None) -> None:
-        for name, value in (("rows", rows), ("capacity", capacity), ("limit", limit)):
-            if (type(value) is not int or value < 1) and not (name == "limit" and value is None):
-                refuse_value(name, value, "an integer of at least 1")
         self.weights = weights
+        self._begin(rows, capacity, limit)
+
+    def _begin(self, rows: int, capacity: int, limit: int | None) -> None:
+        """Everything that is this engine's own."""
+        check_sizes(rows, capacity, limit)
         self.limit = limit
         self._lengths_on_host = [0] * rows
         self._active_on_host = [True] * rows
         with _no_gradients():
-            device = weights.embedding.device
+            device = self.weights.embedding.device
             self._row = torch.arange(rows, device=device)
             self._lengths = torch.zeros(rows, dtype=torch.int64, device=device)
             self._active = torch.ones(rows, dtype=torch.int64, device=device)
@@ -118,6 +142,22 @@ class EagerEngine:
     def capacity(self) -> int:
         """Tokens per row that there is room for without growing."""
         return self._keys[0].shape[1]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens that each row holds."""
+        return tuple(self._lengths_on_host)
+
+    def state_bytes(self) -> int:
+        """Bytes of the keys and values of what the rows hold."""
+        sides = (*self._keys, *self._values)
+        return sum(self._lengths_on_host) * sum(side[0, 0].numel() * side.element_size() for side in sides)
+
+    def another(self, rows: int, *, capacity: int = 256, limit: int | None = None) -> EagerEngine:
+        """An engine on the same weights, with messages and a memory of its own."""
+        engine = copy.copy(self)
+        engine._begin(rows, capacity, limit)
+        return engine
 
     # -- buffers ------------------------------------------------------------------------------------------------------
 
@@ -216,27 +256,64 @@ class EagerEngine:
         Raises:
             TypeError, ValueError: tokens or lengths that do not fit, no memory, or more tokens than the limit.
         """
+        self._check_message(tokens, lengths)
+        return self._read(tokens, lengths, 0)
+
+    @_no_gradients()
+    def extend(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Go on in every row behind what it holds, with several tokens at once.
+
+        Args:
+            tokens: (B, T) int64, padded on the right with any token.
+            lengths: new tokens of each row, 1 to T.
+
+        Returns:
+            Logits (B, V) behind the last token of every row.
+
+        Raises:
+            TypeError, ValueError: as :meth:`prefill`.
+        """
+        self._check_message(tokens, lengths)
+        held = self._lengths_on_host
+        if min(held) == max(held):
+            return self._read(tokens, lengths, held[0])
+        # The causal rule of the operation is one for all rows, so rows of different lengths go token by token.
+        self._reserve(max(before + new for before, new in zip(held, lengths, strict=True)))
+        result = self.weights.embedding.new_zeros(self.rows, self.weights.head.shape[0])
+        for column in range(max(lengths)):
+            found = self.step(tokens[:, column], [column < length for length in lengths])
+            for row, length in enumerate(lengths):
+                if column == length - 1:
+                    result[row] = found[row]
+        return result
+
+    def _check_message(self, tokens: Tensor, lengths: Sequence[int]) -> None:
         self._check_memory()
         self._check_tokens(tokens, (self.rows, None))
         if len(lengths) != self.rows or min(lengths) < 1 or max(lengths) > tokens.shape[1]:
             refuse_value("lengths", list(lengths), f"{self.rows} numbers from 1 to {tokens.shape[1]}")
-        time = tokens.shape[1]
-        self._reserve(time)
-        angles = rotary_angles(self.weights, torch.arange(time, device=tokens.device))
+
+    def _read(self, tokens: Tensor, lengths: Sequence[int], start: int) -> Tensor:
+        """Several tokens at once behind the first ``start`` of every row."""
+        end = start + tokens.shape[1]
+        self._reserve(end)
+        angles = rotary_angles(self.weights, torch.arange(start, end, device=tokens.device))
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             key = self._rotated(key, angles)
-            self._keys[layer][:, :time] = key
-            self._values[layer][:, :time] = value
+            self._keys[layer][:, start:end] = key
+            self._values[layer][:, start:end] = value
+            if start:
+                key, value = self._keys[layer][:, :end], self._values[layer][:, :end]
             # No query of a real token sees the padding behind it.
             return sparse_query_attention(
                 query, key, value, causal=True, query_angles=angles, rotary_layout=self.weights.rotary_layout
             )
 
         x, change = hidden_states(self.weights, tokens, angles, attend, self._memory)
-        self._set_lengths(lengths)
+        self._set_lengths([start + length for length in lengths])
         self._set_active(None)
-        last = self._lengths - 1
+        last = self._lengths - start - 1
         return logits(self.weights, x[self._row, last], change[self._row, last])
 
     @_no_gradients()

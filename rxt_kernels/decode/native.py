@@ -8,6 +8,7 @@ the number of threads.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from rxt_kernels import native_runtime
 from rxt_kernels.checks import refuse_device, refuse_shape, refuse_type, refuse_value
+from rxt_kernels.decode.engine import check_sizes
 from rxt_kernels.decode.weights import DecoderWeights, ExpertWeights
 from rxt_kernels.dispatch import preferred_backend
 
@@ -23,6 +25,7 @@ __all__ = ["PRECISIONS", "NativeEngine"]
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 """What weights can be packed in."""
+
 
 _ACTIVATIONS = frozenset({"silu", "swish", "relu", "gelu", "sigmoid", "linear", "tanh"})
 
@@ -55,9 +58,6 @@ class NativeEngine:
         limit: int | None = None,
         precision: str | None = None,
     ) -> None:
-        for name, value in (("rows", rows), ("capacity", capacity), ("limit", limit)):
-            if (type(value) is not int or value < 1) and not (name == "limit" and value is None):
-                refuse_value(name, value, "an integer of at least 1")
         if (reason := self.supports(weights)) is not None:
             raise ValueError(f"engine='native' cannot decode here: {reason}")
         self._dtype = weights.embedding.dtype
@@ -67,19 +67,33 @@ class NativeEngine:
         from rxt_kernels.decode.native_weights import native_decoder
 
         self.precision = precision
-        self.limit = limit
         self._reads = max((layer.memory_read.layer + 1 for layer in weights.layers if layer.memory_read), default=0)
         self._width, self._vocabulary = weights.embedding.shape[1], weights.embedding.shape[0]
+        attentions = [layer.attention for layer in weights.layers]
+        self._values_per_token = sum(2 * one.key_value_heads * one.head_dim for one in attentions)
+        with torch.inference_mode(False), torch.no_grad():
+            self._decoder = native_decoder(weights, precision)
+        self._begin(rows, capacity, limit)
+
+    def _begin(self, rows: int, capacity: int, limit: int | None) -> None:
+        """Everything that is this engine's own."""
+        check_sizes(rows, capacity, limit)
+        self.limit = limit
         self._lengths = [0] * rows
+        self._has_memory = False
         with torch.inference_mode(False), torch.no_grad():
             room = capacity if limit is None else min(capacity, limit)
-            stored = "float32" if precision == "float32" else "bfloat16"
-            self._engine: Any = native_runtime.extension.DecodeEngine(
-                native_decoder(weights, precision, room), rows, stored
-            )
+            stored = "float32" if self.precision == "float32" else "bfloat16"
+            decoder = {**self._decoder, "capacity": room}
+            self._engine: Any = native_runtime.extension.DecodeEngine(decoder, rows, stored)
             self._logits = torch.zeros(rows, self._vocabulary)
             self._row = torch.arange(rows)
-        self._has_memory = False
+
+    def another(self, rows: int, *, capacity: int = 256, limit: int | None = None) -> NativeEngine:
+        """An engine on the same packed weights, with messages and a memory of its own."""
+        engine = copy.copy(self)
+        engine._begin(rows, capacity, limit)
+        return engine
 
     @staticmethod
     def supports(weights: DecoderWeights) -> str | None:
@@ -114,6 +128,15 @@ class NativeEngine:
         """Tokens per row that there is room for without growing."""
         room: int = self._engine.capacity
         return room if self.limit is None else min(room, self.limit)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens that each row holds."""
+        return tuple(self._lengths)
+
+    def state_bytes(self) -> int:
+        """Bytes of the keys and values of what the rows hold."""
+        return sum(self._lengths) * self._values_per_token * (4 if self.precision == "float32" else 2)
 
     @property
     def allocations(self) -> int:
@@ -154,16 +177,36 @@ class NativeEngine:
         Raises:
             TypeError, ValueError: tokens or lengths that do not fit, no memory, or more tokens than the limit.
         """
+        return self._read(tokens, lengths, [0] * self.rows)
+
+    def extend(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Go on in every row behind what it holds, with several tokens at once.
+
+        Args:
+            tokens: (B, T) int64, padded on the right with any token.
+            lengths: new tokens of each row, 1 to T.
+
+        Returns:
+            Logits (B, V) behind the last token of every row.
+
+        Raises:
+            TypeError, ValueError: as :meth:`prefill`.
+        """
+        return self._read(tokens, lengths, self._lengths)
+
+    def _read(self, tokens: Tensor, lengths: Sequence[int], held: Sequence[int]) -> Tensor:
+        """Several tokens per row behind those that it holds."""
         if not self._has_memory and self._reads:
             raise ValueError("this engine was given no memory; call set_memory before prefill.")
         self._check_tokens(tokens, (self.rows, None))
         if len(lengths) != self.rows or min(lengths) < 1 or max(lengths) > tokens.shape[1]:
             refuse_value("lengths", list(lengths), f"{self.rows} numbers from 1 to {tokens.shape[1]}")
-        self._check_limit(max(lengths))
+        grown = [before + new for before, new in zip(held, lengths, strict=True)]
+        self._check_limit(max(grown))
         present = torch.arange(tokens.shape[1]) < torch.tensor(list(lengths))[:, None]
-        rows, positions = present.nonzero(as_tuple=True)
-        self._run(tokens[present].contiguous(), rows, positions)
-        self._lengths = list(lengths)
+        rows, columns = present.nonzero(as_tuple=True)
+        self._run(tokens[present].contiguous(), rows, columns + torch.tensor(list(held))[rows])
+        self._lengths = grown
         return self._found()
 
     def step(self, tokens: Tensor, active: Sequence[bool] | None = None) -> Tensor:

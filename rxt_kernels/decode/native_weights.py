@@ -182,8 +182,8 @@ def _layer(layer: DecoderLayerWeights, precision: str) -> dict[str, Any]:
     }
 
 
-def native_decoder(weights: DecoderWeights, precision: str, capacity: int) -> dict[str, Any]:
-    """Everything that the engine of the extension is built from."""
+def native_decoder(weights: DecoderWeights, precision: str) -> dict[str, Any]:
+    """What the engines of the extension share; they read it and hold no copy."""
     return {
         "embedding": weights.embedding.detach(),
         "inverse_frequencies": _values(weights.inverse_frequencies),
@@ -193,5 +193,4 @@ def native_decoder(weights: DecoderWeights, precision: str, capacity: int) -> di
         "layers": [_layer(layer, precision) for layer in weights.layers],
         "head_norm": None if weights.head_norm is None else _norm(weights.head_norm),
         "head": _matrix(weights.head, weights.head_bias, precision),
-        "capacity": capacity,
     }

@@ -87,7 +87,7 @@ class DecoderWeights(NamedTuple):
     head_norm: NormWeights | None
     head: Tensor
     """(V, D)."""
-    head_bias: Tensor
+    head_bias: Tensor | None
     """(V,)."""
     inverse_frequencies: Tensor | None
     """(head_dim / 2,) float32, on the device of the embedding; None where nothing is rotated."""

@@ -169,7 +169,7 @@ def _accelerate_talking(path: str, module: nn.Module, replaced: list[Replaced], 
         skipped.append(Skipped(path, f"conversations of {type(module).__name__}", str(error)))
         return
     talker.install()
-    engine = "decode engine, memory update" if is_full else "key/value cache, sampler"
+    engine = "decode engine, memory update" if is_full else "decode engine, sampler"
     replaced.append(Replaced(path, type(module).__name__, (*talker.methods(), f"by {engine}")))
 
 

@@ -1,4 +1,4 @@
-"""Upstream's `generate` of stateless language models, over this package's key/value cache and sampler.
+"""Upstream's `generate` of stateless language models, by this package's decode engines (or key/value cache) and sampler.
 
 Upstream's own (0.3.92) continues in another way with its cache than without; here both give the same.
 """
@@ -17,6 +17,7 @@ from rxt_model.checks import check_token_ids
 from rxt_model.drop_in.accelerated import AcceleratedLanguageModel, accelerated_by
 from rxt_model.drop_in.shadow import Shadow
 from rxt_model.interaction.decoding import CachedDecoding, Decoding, Step, UncachedDecoding, stream_tokens
+from rxt_model.interaction.engine import MODULES, EngineDecoding, choose_engine, own_engine
 from rxt_model.interaction.sampling import Sampler, SamplingOptions
 
 __all__ = ["AcceleratedGeneration"]
@@ -60,13 +61,16 @@ class AcceleratedGeneration(Shadow):
         options = SamplingOptions(given["temperature"], given["top_k"], given["top_p"])
         options.check_vocabulary(model.config.vocab_size)
         decoding: Decoding
-        if given["use_self_attn_cache"]:
+        engine = choose_engine(model).engine
+        if not given["use_self_attn_cache"]:
+            decoding = UncachedDecoding(lambda tokens, _: model.hidden_states(tokens).hidden, model.logits, ids.device)
+        elif engine != MODULES:
+            decoding = EngineDecoding(own_engine(model, engine), ids.device)
+        else:
             cache = SelfAttentionCache(model.model.depth, 1, capacity=len(prompt) + 64, device=ids.device)
             decoding = CachedDecoding(
                 lambda tokens, cache: model.hidden_states(tokens, None, cache).hidden, model.logits, cache, ids.device
             )
-        else:
-            decoding = UncachedDecoding(lambda tokens, _: model.hidden_states(tokens).hidden, model.logits, ids.device)
         # Without an end token nothing ends an answer early; no token has this id.
         end = -1 if given["eos_token_id"] is None else given["eos_token_id"]
         steps = stream_tokens(decoding, [prompt], sampler=Sampler(options, rows=1), budgets=[budget], eos_id=end)

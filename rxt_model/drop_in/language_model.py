@@ -13,6 +13,7 @@ from rxt_model.checkpoint.inference import ComponentFile
 from rxt_model.checks import check_token_ids
 from rxt_model.config import TransformerConfig
 from rxt_model.decoder import CausalNetwork, HiddenStates
+from rxt_model.interaction.engine import known_to_engines
 from rxt_model.layers.norms import RMSNorm
 from rxt_model.layers.rotary import rotary_positions
 from rxt_model.layers.transformer_layer import TransformerLayer
@@ -67,12 +68,13 @@ def language_model_config(file: ComponentFile, own: Mapping[str, Any]) -> Langua
     )
 
 
+@known_to_engines
 class LanguageNetwork(CausalNetwork):
     """Embedding, layers, head norm if any, head; ``model.`` in checkpoints."""
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
-        layers = config.layers
+        layers = self.config = config.layers
         self.embedding = nn.Embedding(layers.vocab_size, layers.embed_dim)
         self.layers = nn.ModuleList(
             TransformerLayer(
@@ -84,7 +86,7 @@ class LanguageNetwork(CausalNetwork):
             )
             for index in range(layers.num_layers)
         )
-        self.head_norm: nn.Module | None = None
+        self.head_norm = None
         if layers.use_head_norm:
             is_rms = layers.head_norm_type == "rms_norm"
             self.head_norm = RMSNorm(layers.embed_dim) if is_rms else nn.LayerNorm(layers.embed_dim)
@@ -95,14 +97,8 @@ class LanguageNetwork(CausalNetwork):
         for layer in self.layers:
             yield cast(TransformerLayer, layer), None
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Head norm, if any, and head: (..., D) to (..., V)."""
-        if self.head_norm is not None:
-            hidden = self.head_norm(hidden)
-        logits: Tensor = nn.functional.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
-        return logits
 
-
+@known_to_engines
 class LanguageModel(nn.Module):
     """What is computed in the place of upstream's decoder-only language model."""
 

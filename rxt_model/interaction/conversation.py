@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rxt_model.checks import check_token_ids
 from rxt_model.gradients import no_gradients
 from rxt_model.interaction.decoding import CachedDecoding, Decoding, Step, UncachedDecoding, padded, stream_tokens
-from rxt_model.interaction.engine import MODULES, choose_engine, engine_decoding
+from rxt_model.interaction.engine import MODULES, choose_engine, engine_decoding, explain_choice
 from rxt_model.interaction.sampling import Sampler, SamplingOptions, most_likely
 from rxt_model.interaction.state import (
     ConversationState,
@@ -457,13 +457,7 @@ class Conversation(TextInterface):
     def explain(self) -> str:
         """Which path decoding takes, and why, in one sentence."""
         choice = choose_engine(self.decoder, self.decode_engine, self.decode_weights)
-        path = (
-            "operation by operation through the modules"
-            if choice.engine == MODULES
-            else f"by the {choice.engine} engine"
-        )
-        weights = f" with weights in {self.decode_weights}" if self.decode_weights is not None else ""
-        return f"Answers are decoded {path}{weights}: {choice.reason}"
+        return explain_choice(choice, self.decode_weights)
 
     def _decoding(self, use_cache: bool, rows: int, capacity: int) -> Decoding:
         engine = MODULES

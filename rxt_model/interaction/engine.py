@@ -1,4 +1,4 @@
-"""From a decoder's modules to a decode engine, and why a model is or is not decoded with one.
+"""From the modules of a decoder or language model to a decode engine, and why it is or is not decoded with one.
 
 An engine (:mod:`rxt_kernels.decode`) knows weights, not modules. It is used only where it computes what the modules
 would: a module of another class, a hook, or a replaced ``forward`` is a reason to let the modules do it.
@@ -7,7 +7,7 @@ would: a module of another class, a hook, or a replaced ``forward`` is a reason 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,7 +27,7 @@ from rxt_kernels.decode import (
     decode_engine,
     supports,
 )
-from rxt_model.decoder import DecoderNetwork, RxTDecoder
+from rxt_model.decoder import CausalModel, DecoderNetwork, RxTDecoder
 from rxt_model.gradients import no_gradients
 from rxt_model.interaction.decoding import padded
 from rxt_model.layers.attention import MemoryCrossAttention, SparseQueryAttention
@@ -36,19 +36,37 @@ from rxt_model.layers.mixture_of_experts import PerExpertMixtureOfExperts, Route
 from rxt_model.layers.norms import RMSNorm
 from rxt_model.layers.transformer_layer import TransformerLayer
 from rxt_model.memory import ShortTermMemory
+from rxt_model.stateless import SparseQueryTransformer, StatelessNetwork
 
-__all__ = ["MODULES", "DecodingChoice", "EngineDecoding", "choose_engine", "decoder_weights", "engine_decoding"]
+__all__ = [
+    "MODULES",
+    "DecodingChoice",
+    "EngineDecoding",
+    "choose_engine",
+    "decoder_weights",
+    "engine_decoding",
+    "explain_choice",
+    "known_to_engines",
+    "own_engine",
+    "weights_state",
+]
 
 MODULES = "modules"
 """The name of decoding without an engine."""
 
-_KNOWN: frozenset[type[nn.Module]] = frozenset(
-    {
-        RxTDecoder, DecoderNetwork, TransformerLayer, SparseQueryAttention, MemoryCrossAttention, FeedForward,
-        GatedLinearUnit, Router, PerExpertMixtureOfExperts, StackedMixtureOfExperts, RMSNorm, ShortTermMemory,
-        nn.Embedding, nn.Linear, nn.LayerNorm, nn.ModuleList,
-    }
-)  # fmt: skip
+_KNOWN: set[type[nn.Module]] = {
+    RxTDecoder, DecoderNetwork, SparseQueryTransformer, StatelessNetwork, TransformerLayer, SparseQueryAttention,
+    MemoryCrossAttention, FeedForward, GatedLinearUnit, Router, PerExpertMixtureOfExperts, StackedMixtureOfExperts, RMSNorm,
+    ShortTermMemory, nn.Embedding, nn.Linear, nn.LayerNorm, nn.ModuleList,
+}  # fmt: skip
+
+Known = TypeVar("Known", bound=type[nn.Module])
+
+
+def known_to_engines(cls: Known) -> Known:
+    """Decorates a class of which the weights, and the configuration of its network, say all that it computes."""
+    _KNOWN.add(cls)
+    return cls
 
 
 class DecodingChoice(NamedTuple):
@@ -61,8 +79,9 @@ class DecodingChoice(NamedTuple):
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
-def _foreign(decoder: RxTDecoder) -> str | None:
-    """Why weights do not say all that the modules of a decoder compute, in one sentence; None if they do."""
+def _foreign(model: CausalModel) -> str | None:
+    """Why weights do not say all that the modules of a model compute, in one sentence; None if they do."""
+    decoder = cast(nn.Module, model)
     for name, module in decoder.named_modules():
         where = name or "the decoder"
         if type(module) not in _KNOWN:
@@ -71,7 +90,7 @@ def _foreign(decoder: RxTDecoder) -> str | None:
             return f"{where} has forward hooks, which an engine would not call."
         if "forward" in vars(module) or module._compiled_call_impl is not None:
             return f"the forward method of {where} was replaced, and an engine would not call it."
-    config = decoder.config
+    config = model.model.config
     if decoder.training and (config.att_dropout or config.ff_dropout):
         return "the model is in training mode and drops activations; call eval()."
     kinds = {(parameter.dtype, parameter.device) for parameter in decoder.parameters()}
@@ -128,17 +147,17 @@ def _layer(layer: TransformerLayer, memory_index: int | None) -> DecoderLayerWei
 
 
 @no_gradients()
-def decoder_weights(decoder: RxTDecoder) -> DecoderWeights:
+def decoder_weights(decoder: CausalModel) -> DecoderWeights:
     """The weights of a decoder as an engine takes them; experts that are separate modules are copied into one tensor."""
-    network, config = decoder.model, decoder.config
-    rotary = network.rotary
+    network, config = decoder.model, decoder.model.config
+    rotary, head = network.rotary, network.head
     device = network.embedding.weight.device
     return DecoderWeights(
         embedding=network.embedding.weight,
         layers=tuple(_layer(layer, index) for layer, index in network.layers_in_order()),
         head_norm=None if network.head_norm is None else _norm(network.head_norm),
-        head=network.head.weight,
-        head_bias=network.head.bias,
+        head=network.embedding.weight if head is None else head.weight,
+        head_bias=None if head is None else head.bias,
         inverse_frequencies=None if rotary is None else rotary._frequencies(device),
         rotary_layout=config.rope_layout,
         rounds_angles=config.rope_angle_dtype == "match",
@@ -152,39 +171,49 @@ def decoder_weights(decoder: RxTDecoder) -> DecoderWeights:
 class _Kept:
     """The engine of a decoder, kept for its next message, with the weights it was made from."""
 
-    def __init__(self, decoder: RxTDecoder) -> None:
-        self.state = _state(decoder)
+    def __init__(self, decoder: CausalModel) -> None:
+        self.state = weights_state(decoder)
         self.weights = decoder_weights(decoder)
         self.engine: DecodeEngine | None = None
-        self.made_for: tuple[str, int, str | None] | None = None
+        self.made_for: tuple[str, str | None] | None = None
         self.message = 0
         """Counts messages: the engine answers the last one only."""
 
+    def made(self, engine: str, rows: int, precision: str | None) -> DecodeEngine:
+        """The engine of this name for so many rows: the one of the message before, if it fits, or another on its weights."""
+        if self.engine is None or self.made_for != (engine, precision):
+            self.engine = decode_engine(self.weights, rows, engine=engine, precision=precision)
+            self.made_for = (engine, precision)
+        elif self.engine.rows != rows:
+            self.engine = self.engine.another(rows)
+        return self.engine
 
-_kept: WeakKeyDictionary[RxTDecoder, _Kept] = WeakKeyDictionary()
+
+_kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
-def _state(decoder: RxTDecoder) -> tuple[tuple[int, int], ...]:
+def weights_state(decoder: CausalModel) -> tuple[tuple[int, int], ...]:
     """Changes when a weight is replaced, moved, or changed in place."""
     return tuple(
         (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
-        for parameter in decoder.parameters()
+        for parameter in cast(nn.Module, decoder).parameters()
     )
 
 
-def _keep(decoder: RxTDecoder) -> _Kept:
-    kept = _kept.get(decoder)
-    if kept is None or kept.state != _state(decoder):
-        kept = _kept[decoder] = _Kept(decoder)
+def _keep(decoder: CausalModel) -> _Kept:
+    module = cast(nn.Module, decoder)
+    kept = _kept.get(module)
+    if kept is None or kept.state != weights_state(decoder):
+        kept = _kept[module] = _Kept(decoder)
     return kept
 
 
 @no_gradients()  # as answers are: an engine that records no gradients is no worse for a model that could be trained
-def choose_engine(decoder: RxTDecoder, wanted: str = "auto", precision: str | None = None) -> DecodingChoice:
+def choose_engine(decoder: CausalModel, wanted: str = "auto", precision: str | None = None) -> DecodingChoice:
     """How this decoder is decoded.
 
     Args:
-        decoder: the decoder.
+        decoder: the decoder or language model.
         wanted: the name of an engine, :data:`MODULES`, or "auto": the first engine that is made for the device and can
             decode this model, else its modules.
         precision: what weights are to be packed in, which the native engine can do; None leaves them as they are.
@@ -205,7 +234,16 @@ def choose_engine(decoder: RxTDecoder, wanted: str = "auto", precision: str | No
     return choice
 
 
-def _choose(decoder: RxTDecoder, wanted: str) -> DecodingChoice:
+def explain_choice(choice: DecodingChoice, precision: str | None) -> str:
+    """The same as a sentence."""
+    path = (
+        "operation by operation through the modules" if choice.engine == MODULES else f"by the {choice.engine} engine"
+    )
+    weights = f" with weights in {precision}" if precision is not None else ""
+    return f"Answers are decoded {path}{weights}: {choice.reason}"
+
+
+def _choose(decoder: CausalModel, wanted: str) -> DecodingChoice:
     if wanted == MODULES:
         return DecodingChoice(MODULES, "it was asked for.")
     if wanted != "auto" and wanted not in ENGINES:
@@ -230,12 +268,28 @@ def _choose(decoder: RxTDecoder, wanted: str) -> DecodingChoice:
 
 
 class EngineDecoding:
-    """Decoding of one message by an engine (see :class:`rxt_model.interaction.decoding.Decoding`)."""
+    """Decoding by an engine, behind what it holds (see :class:`rxt_model.interaction.decoding.Decoding`)."""
+
+    def __init__(self, engine: DecodeEngine, device: torch.device) -> None:
+        self._engine = engine
+        self._device = device
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        tokens, _ = padded(prompts, self._device)
+        return self._engine.extend(tokens, [len(prompt) for prompt in prompts])
+
+    def step(self, tokens: Tensor, active: Sequence[bool] | None) -> Tensor:
+        return self._engine.step(tokens, active)
+
+
+class _MessageDecoding(EngineDecoding):
+    """Decoding of one message by the engine that all messages of a model share."""
 
     def __init__(self, kept: _Kept, engine: DecodeEngine) -> None:
+        super().__init__(engine, kept.weights.embedding.device)
+        engine.reset()
         kept.message += 1
         self._kept = kept
-        self._engine = engine
         self._message = kept.message
 
     def _check(self) -> None:
@@ -246,17 +300,16 @@ class EngineDecoding:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         self._check()
-        tokens, _ = padded(prompts, self._kept.weights.embedding.device)
-        return self._engine.prefill(tokens, [len(prompt) for prompt in prompts])
+        return super().prefill(prompts)
 
     def step(self, tokens: Tensor, active: Sequence[bool] | None) -> Tensor:
         self._check()
-        return self._engine.step(tokens, active)
+        return super().step(tokens, active)
 
 
 @no_gradients()
 def engine_decoding(
-    decoder: RxTDecoder, engine: str, rows: int, memory: Tensor, precision: str | None = None
+    decoder: CausalModel, engine: str, rows: int, memory: Tensor, precision: str | None = None
 ) -> EngineDecoding:
     """Decoding of the next message by an engine; the engine of the message before is used again if it fits.
 
@@ -268,8 +321,15 @@ def engine_decoding(
         precision: what the native engine packs weights in; None is their dtype.
     """
     kept = _keep(decoder)
-    if kept.engine is None or kept.made_for != (engine, rows, precision):
-        kept.engine = decode_engine(kept.weights, rows, engine=engine, precision=precision)
-        kept.made_for = (engine, rows, precision)
-    kept.engine.set_memory(memory)
-    return EngineDecoding(kept, kept.engine)
+    made = kept.made(engine, rows, precision)
+    made.set_memory(memory)
+    return _MessageDecoding(kept, made)
+
+
+@no_gradients()
+def own_engine(decoder: CausalModel, engine: str, precision: str | None = None) -> DecodeEngine:
+    """An engine for one conversation of its own, on weights that are packed once for all of this model's.
+
+    It decodes with the weights as they are now; :func:`weights_state` tells when they have changed.
+    """
+    return _keep(decoder).made(engine, 1, precision).another(1)

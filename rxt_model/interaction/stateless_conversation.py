@@ -2,7 +2,7 @@
 
 What people use instead of a Reactive Transformer. Messages have the same template, so the context of turn N is the
 concatenation of all interactions so far, ``[BOS][Q]query[A]answer[EOS][BOS][Q]query[A]...``, and answers come out of the
-same decoding loop and sampler (spec 2.15, 2.16; section 6, cost).
+same decoding loop, engines and sampler (spec 2.15, 2.16; section 6, cost).
 """
 
 from __future__ import annotations
@@ -13,10 +13,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from rxt_kernels.decode import DecodeEngine
 from rxt_model.cache import SelfAttentionCache
 from rxt_model.checks import check_token_ids
 from rxt_model.config import TokenIds
 from rxt_model.interaction.decoding import CachedDecoding, Decoding, UncachedDecoding, stream_tokens
+from rxt_model.interaction.engine import (
+    MODULES,
+    EngineDecoding,
+    choose_engine,
+    explain_choice,
+    own_engine,
+    weights_state,
+)
 from rxt_model.interaction.sampling import Sampler, SamplingOptions
 from rxt_model.interaction.templates import fits
 from rxt_model.interaction.text import TextInterface
@@ -59,6 +68,15 @@ class StatelessConversation(TextInterface):
     default_max_seq_len: ClassVar[int] = 256
     system_prompt_title: str = "SYSTEM INSTRUCTIONS"
 
+    decode_engine: str = "auto"
+    """How answers are decoded: "auto", "modules", or the name of an engine of :mod:`rxt_kernels.decode`.
+
+    An answer without a cache (``use_self_attn_cache=False``) is always computed by the modules: that is what it is for.
+    """
+
+    decode_weights: str | None = None
+    """What the native engine packs weights in: "float32", "bfloat16", "int8", or None for the dtype of the model."""
+
     def __init__(
         self,
         model: SparseQueryTransformer,
@@ -87,7 +105,13 @@ class StatelessConversation(TextInterface):
         self.keep_cache = keep_cache
         self.max_history = max_history
         self._reading = 0  # counts answers begun, so that an abandoned stream is recognised
+        self._engine: DecodeEngine | None = None
+        self._engine_made_for: tuple[object, ...] = ()
         self.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An engine cannot be copied; a copy of this conversation reads its history again.
+        return {**self.__dict__, "_engine": None}
 
     def reset(self) -> None:
         """Forget the conversation; a stream that is still open can no longer be read."""
@@ -95,10 +119,16 @@ class StatelessConversation(TextInterface):
         """Token ids of every interaction so far."""
         self.turns = 0
         """Interactions so far."""
-        self._cache: SelfAttentionCache | None = None
+        self._forget_keys()
         self._reading += 1
         self._text_stream = None
         self._text_rows = None
+
+    def _forget_keys(self) -> None:
+        """Whatever was read has to be read again."""
+        self._cache: SelfAttentionCache | None = None
+        if self._engine is not None:
+            self._engine.reset()
 
     @property
     def device(self) -> torch.device:
@@ -107,8 +137,12 @@ class StatelessConversation(TextInterface):
 
     def state_bytes(self) -> int:
         """Bytes that have to be kept until the next message: token ids, and keys and values if they are kept."""
-        kept = 0 if self._cache is None else self._cache.state_bytes()
-        return kept + _TOKEN_ID_BYTES * len(self.history)
+        holder = (self._cache or self._engine) if self.keep_cache else None
+        return (0 if holder is None else holder.state_bytes()) + _TOKEN_ID_BYTES * len(self.history)
+
+    def explain(self) -> str:
+        """Which path decoding takes, and why, in one sentence."""
+        return explain_choice(choose_engine(self.model, self.decode_engine, self.decode_weights), self.decode_weights)
 
     def interact(
         self,
@@ -215,7 +249,7 @@ class StatelessConversation(TextInterface):
                 if len(self.history) > before:
                     self.turns -= 1
                 del self.history[before:]
-                self._cache = None  # it holds tokens that are not part of the history; the next turn reads it again
+                self._forget_keys()  # they are of tokens that are not part of the history
             raise
 
     def _decoding(self, prompt: list[int], use_self_attn_cache: bool) -> tuple[Decoding, list[int]]:
@@ -224,6 +258,11 @@ class StatelessConversation(TextInterface):
         if not use_self_attn_cache:
             model = self.model
             return UncachedDecoding(lambda ids, _: model.hidden_states(ids).hidden, model.logits, self.device), context
+        engine = self._engine_in_use()
+        if engine is not None:
+            if not self.keep_cache:
+                engine.reset()
+            return EngineDecoding(engine, self.device), context[engine.lengths[0] :]
         cache = self._cache
         if cache is None:
             cache = self.model.new_cache(1, capacity=len(context) + 64)
@@ -240,3 +279,14 @@ class StatelessConversation(TextInterface):
             ),
             unread,
         )
+
+    def _engine_in_use(self) -> DecodeEngine | None:
+        """The engine of this conversation, which holds what was read; a new one where something else is to decode now."""
+        name = choose_engine(self.model, self.decode_engine, self.decode_weights).engine
+        made_for = (name, self.decode_weights, weights_state(self.model))
+        lost = self._engine is None and name != MODULES
+        if lost or self._engine_made_for != made_for:
+            self._forget_keys()
+            self._engine = None if name == MODULES else own_engine(self.model, name, self.decode_weights)
+            self._engine_made_for = made_for
+        return self._engine
