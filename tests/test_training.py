@@ -474,7 +474,7 @@ def test_checkpoints_that_do_not_belong_are_refused(
         (lambda: batch_episodes(None, []), "episodes"),  # type: ignore[arg-type]
         (lambda: train_demo("never-made", steps=0), "steps"),
         (lambda: Phase(SHORT, until=0.0), "until"),
-        (lambda: train_demo(__file__, steps=3), "output_directory"),
+        (lambda: train_demo(__file__, steps=4), "output_directory"),
     ],
 )
 def test_arguments_are_refused_by_name(call: object, message: str) -> None:
