@@ -28,3 +28,11 @@ def test_examples(name: str) -> None:
     # Names that an example may use without importing them are those of the module itself.
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", [name for name in rxt_kernels.__all__ if callable(getattr(rxt_kernels, name))])
+def test_every_public_operation_has_an_example(name: str) -> None:
+    public = getattr(rxt_kernels, name)
+    if isinstance(public, type):
+        pytest.skip("a tuple of tensors that operations take or return")
+    assert ">>> " in (public.__doc__ or "")
