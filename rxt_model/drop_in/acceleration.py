@@ -13,6 +13,7 @@ from rxt_model.drop_in.generation import AcceleratedGeneration
 from rxt_model.drop_in.recognition import PACKAGE, Component, components, is_upstream
 from rxt_model.drop_in.report import NothingAcceleratedError, Replaced, Report, Skipped
 from rxt_model.drop_in.shadow import shadows
+from rxt_model.interaction.engine import MODULES
 
 __all__ = ["accelerate", "restore"]
 
@@ -169,8 +170,11 @@ def _accelerate_talking(path: str, module: nn.Module, replaced: list[Replaced], 
         skipped.append(Skipped(path, f"conversations of {type(module).__name__}", str(error)))
         return
     talker.install()
-    engine = "decode engine, memory update" if is_full else "decode engine, sampler"
-    replaced.append(Replaced(path, type(module).__name__, (*talker.methods(), f"by {engine}")))
+    choice = talker.decoding()
+    by_modules = choice.engine == MODULES
+    engine = "decoded operation by operation" if by_modules else f"decoded by the {choice.engine} engine"
+    note = f"no decode engine: {choice.reason}" if by_modules else ""
+    replaced.append(Replaced(path, type(module).__name__, (*talker.methods(), engine), note=note))
 
 
 def _talking_networks(module: nn.Module) -> dict[str, nn.Module]:

@@ -25,6 +25,7 @@ from rxt_model.drop_in.accelerated import (
 from rxt_model.drop_in.shadow import Shadow
 from rxt_model.gradients import no_gradients
 from rxt_model.interaction.conversation import Conversation
+from rxt_model.interaction.engine import DecodingChoice, choose_engine
 from rxt_model.memory import ShortTermMemory
 from rxt_model.tokenizer import as_tokenizer
 
@@ -124,6 +125,12 @@ class AcceleratedConversation(Shadow):
             self._speaker = (_ThinkingSpeaker if thinks else _Speaker)(self.model, self.token_ids)
         self._speaker.follow()
         return self._speaker
+
+    def decoding(self) -> DecodingChoice:
+        """How answers are decoded, and why."""
+        decoder = accelerated_by(self.model.decoder.model)
+        assert isinstance(decoder, AcceleratedDecoder)
+        return choose_engine(decoder.ours())
 
     def _signature(self, method: str) -> inspect.Signature:
         return inspect.signature(getattr(type(self.model), method))

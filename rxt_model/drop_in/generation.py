@@ -15,9 +15,10 @@ from torch import nn
 from rxt_model.cache import SelfAttentionCache
 from rxt_model.checks import check_token_ids
 from rxt_model.drop_in.accelerated import AcceleratedLanguageModel, accelerated_by
+from rxt_model.drop_in.language_model import LanguageModel
 from rxt_model.drop_in.shadow import Shadow
 from rxt_model.interaction.decoding import CachedDecoding, Decoding, Step, UncachedDecoding, stream_tokens
-from rxt_model.interaction.engine import MODULES, EngineDecoding, choose_engine, own_engine
+from rxt_model.interaction.engine import MODULES, DecodingChoice, EngineDecoding, choose_engine, own_engine
 from rxt_model.interaction.sampling import Sampler, SamplingOptions
 
 __all__ = ["AcceleratedGeneration"]
@@ -32,6 +33,15 @@ class AcceleratedGeneration(Shadow):
         super().__init__(model)
         self._network = network
 
+    def _model(self) -> LanguageModel:
+        accelerated = accelerated_by(self._network)
+        assert isinstance(accelerated, AcceleratedLanguageModel)
+        return accelerated.ours()
+
+    def decoding(self) -> DecodingChoice:
+        """How answers are decoded, and why."""
+        return choose_engine(self._model())
+
     def generate(self, *arguments: Any, **named: Any) -> Iterator[int]:
         """As upstream's `generate`, with its arguments; temperature 0 is greedy.
 
@@ -41,9 +51,7 @@ class AcceleratedGeneration(Shadow):
         bound = inspect.signature(cast(Any, type(self.target)).generate).bind(self.target, *arguments, **named)
         bound.apply_defaults()
         given = bound.arguments
-        accelerated = accelerated_by(self._network)
-        assert isinstance(accelerated, AcceleratedLanguageModel)
-        model = accelerated.ours()
+        model = self._model()
         ids, mask = given["input_ids"], given["attention_mask"]
         mask = None if mask is None else mask.bool()
         check_token_ids(ids, mask, model.config.vocab_size)

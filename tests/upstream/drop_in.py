@@ -28,6 +28,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from rxt_kernels import native_runtime  # noqa: E402
 from rxt_kernels.integrations.rxlm import Report, accelerate, restore  # noqa: E402
 from tests.upstream.oracle import (  # noqa: E402
     EVALUATE,
@@ -476,10 +477,13 @@ def interaction(case: Answer) -> Answer:
         model.share_components()
         expected = evaluate_interaction(model, inputs, end)
         model = build(case)
-        quietly(model)
+        report = quietly(model)
         model.share_components()
         found = evaluate_interaction(model, inputs, end)
-    return {"worst": max(errors(found, expected, inputs["mask_batch"]).values())}
+    return {
+        "replaced": [str(entry) for entry in report.replaced],
+        "worst": max(errors(found, expected, inputs["mask_batch"]).values()),
+    }
 
 
 def crashing(case: Answer) -> Answer:
@@ -546,7 +550,7 @@ def generating(case: Answer) -> Answer:
     ids = make_inputs(case)["ids"]
     mask = torch.ones_like(ids, dtype=torch.bool)
     slow, fast = build(case), build(case)
-    quietly(fast)
+    report = quietly(fast)
     options: dict[str, Any] = {"top_k": 1, "max_seq_len": INTERACTION_LENGTH}
     with torch.no_grad():
         expected = list(slow.generate(ids.clone(), mask.clone(), use_self_attn_cache=False, **options))
@@ -555,6 +559,7 @@ def generating(case: Answer) -> Answer:
         )
         cached = list(slow.generate(ids.clone(), mask.clone(), **options))
     return {
+        "engine": "decoded by the native engine" in str(report) or not native_runtime.available(),
         "cached": list(fast.generate(ids, **options)) == expected,
         "uncached": list(fast.generate(ids, mask, use_self_attn_cache=False, **options)) == expected,
         "ended": list(fast.generate(ids, mask, eos_token_id=expected[3], **options)) == ended,
