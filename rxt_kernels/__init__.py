@@ -19,6 +19,7 @@ from rxt_kernels.mixture_of_experts import (
     load_balance_loss,
     mixture_of_experts,
     route,
+    routed_experts,
 )
 from rxt_kernels.rms_norm import add_rms_norm, rms_norm
 from rxt_kernels.rotary import rotary
@@ -46,6 +47,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "route",
+    "routed_experts",
     "sparse_query_attention",
     "swiglu",
     "use_backend",

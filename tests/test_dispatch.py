@@ -38,6 +38,14 @@ CALLS: dict[str, Callable[[str], Any]] = {
             torch.ones(2, 4), torch.ones(3, 4), torch.ones(3, 4, 4), torch.ones(3, 2, 4), top_k=2, backend=b
         ).output
     ),
+    "routed_experts": lambda b: rxt_kernels.routed_experts(
+        torch.ones(2, 4),
+        torch.ones(2, 1),
+        torch.tensor([[0], [2]]),
+        torch.ones(3, 4, 4),
+        torch.ones(3, 2, 4),
+        backend=b,
+    ),
     "residual_gate": lambda b: rxt_kernels.residual_gate(
         torch.ones(1, 3, 8), torch.ones(1, 3, 8), make_gate("static", 3, 8), backend=b
     ),

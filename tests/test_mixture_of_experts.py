@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rxt_kernels import MixtureOfExpertsOutput, Routing, SharedExperts, load_balance_loss, mixture_of_experts, route
+from rxt_kernels import (
+    MixtureOfExpertsOutput,
+    Routing,
+    SharedExperts,
+    load_balance_loss,
+    mixture_of_experts,
+    route,
+    routed_experts,
+)
 from rxt_kernels.mixture_of_experts import mixture_of_experts_reference
 from rxt_kernels.testing import GRADIENT_FACTOR, VIEWS, assert_accurate
 
@@ -441,3 +450,47 @@ def with_(x: Tensor = X, base: dict[str, Any] = P, **changes: Any) -> Any:
 def test_refusals(call: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         call()
+
+
+# experts behind a router of one's own
+
+
+def test_routed_experts_are_the_second_half_of_the_layer() -> None:
+    torch.manual_seed(0)
+    x, router, w1, w2 = torch.randn(6, 8), torch.randn(4, 8), torch.randn(4, 8, 12), torch.randn(4, 6, 8)
+    routing = route(x, router, 2)
+    found = routed_experts(x, routing.weights, routing.experts, w1, w2, backend="reference")
+    torch.testing.assert_close(found, mixture_of_experts(x, router, w1, w2, top_k=2, backend="reference").output)
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_routed_experts_trace_with_either_half_as_the_gate(lists: bool) -> None:
+    x, chosen, weights = torch.randn(3, 8), torch.tensor([[0, 2], [1, 3], [2, 3]]), torch.rand(3, 2)
+    w1, w2, b1 = torch.randn(4, 8, 12), torch.randn(4, 6, 8), torch.randn(4, 12)
+    experts: tuple[Any, Any] = ([one.t() for one in w1], [one.t() for one in w2]) if lists else (w1, w2)
+    biases: Any = list(b1) if lists else b1
+
+    def layer(x: Tensor) -> Tensor:
+        return routed_experts(x, weights, chosen, *experts, b1=biases, gate_first=True, backend="reference")
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_routed_experts_refuse_in_a_sentence() -> None:
+    x, chosen, weights = torch.randn(3, 8), torch.tensor([[0], [1], [2]]), torch.ones(3, 1)
+    w1, w2 = torch.randn(4, 8, 12), torch.randn(4, 6, 8)
+    for change, error, words in (
+        ({"x": x[0]}, ValueError, "x has shape (8,); accepted is (N, D)"),
+        ({"chosen": chosen.int()}, TypeError, "chosen is torch.int32"),
+        ({"chosen": chosen[:2]}, ValueError, "chosen has shape (2, 1)"),
+        ({"chosen": chosen + 2}, ValueError, "chosen is 4; accepted is from 0 to 3"),
+        ({"chosen": chosen - 1}, ValueError, "chosen is -1"),
+        ({"weights": weights.half()}, TypeError, "weights is torch.float16"),
+        ({"weights": torch.ones(3, 2)}, ValueError, "weights has shape (3, 2)"),
+        ({"activation": "tanh"}, ValueError, "activation is 'tanh'"),
+        ({"w1": torch.randn(4, 8, 6), "gated": False, "gate_first": True}, ValueError, "without a gate"),
+        ({"backend": "triton"}, ValueError, "triton"),
+    ):
+        with pytest.raises(error, match=re.escape(words)):
+            routed_experts(**{"x": x, "weights": weights, "chosen": chosen, "w1": w1, "w2": w2, **change})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rxt_kernels import SharedExperts, mixture_of_experts, native_runtime
+from rxt_kernels import SharedExperts, mixture_of_experts, native_runtime, routed_experts
 from rxt_kernels.testing import GRADIENT_FACTOR, VIEWS, assert_accurate
 
 pytestmark = pytest.mark.usefixtures("every_instruction_set")
@@ -251,7 +251,9 @@ def test_traces_and_checks_as_an_operation() -> None:
     _, chosen, _, _ = native._route(tensors["x"], tensors["router_weight"], 2, False, False)
     weights = torch.rand(3, 2, requires_grad=True)
     lists = [[tensors[name]] for name in NAMES]
-    torch.library.opcheck(native._routed_experts, (tensors["x"], weights, chosen, *lists, True, "silu", True, True))
+    torch.library.opcheck(
+        native._routed_experts, (tensors["x"], weights, chosen, *lists, True, "silu", True, False, True)
+    )
 
     def layer(x: Tensor) -> Tensor:
         return mixture_of_experts(**{**tensors, "x": x}, top_k=2, backend="native").output
@@ -274,12 +276,40 @@ def test_what_the_kernels_do_not_do_is_refused_by_name() -> None:
         mixture_of_experts(**tensors, top_k=1, backend="native")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lists", [False, True])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_experts_behind_another_router(tokens: int, lists: bool, dtype: torch.dtype) -> None:
+    """Either half may be the gate."""
+    made = {name: tensor.to(dtype) for name, tensor in make(tokens, 5, 24, 20).items()}
+    chosen = torch.stack([torch.randperm(5)[:2] for _ in range(tokens)])
+    shares, gradient = torch.rand(tokens, 2), torch.randn(tokens, 24).to(dtype)
+
+    def run(backend: str, gate_first: bool, kind: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = {name: made[name].to(kind).requires_grad_() for name in ("x", *NAMES)}
+        weights = shares.to(torch.promote_types(kind, torch.float32)).requires_grad_()
+        turned = {name: leaves[name].roll(20, -1) for name in ("w1", "b1")} if gate_first else {}
+        experts: dict[str, Any] = {name: turned.get(name, leaves[name]) for name in NAMES}
+        if lists:
+            experts = as_lists(experts)
+        out = routed_experts(leaves["x"], weights, chosen, **experts, gate_first=gate_first, backend=backend)
+        assert out.dtype is kind
+        return (out.detach(), *torch.autograd.grad(out, [weights, *leaves.values()], gradient.to(kind)))
+
+    exact = run("reference", False, torch.float64)
+    for gate_first in (False, True):
+        eager, fast = (run(backend, gate_first, dtype) for backend in ("reference", "native"))
+        for index, (own, plain, true) in enumerate(zip(fast, eager, exact, strict=True)):
+            assert_accurate(own, plain, true, factor=2.0 if index == 0 else GRADIENT_FACTOR)
+
+
 def test_the_extension_refuses_what_does_not_fit() -> None:
     extension = native_runtime.extension
     x, w1, w2 = torch.ones(2, 4), torch.ones(3, 4, 6), torch.ones(3, 3, 4)
     good: dict[str, Any] = {
         "x": x, "weights": torch.ones(2, 1), "chosen": torch.tensor([[0], [2]]), "w1": w1, "w2": w2, "b1": None, "b2": None,
-        "experts": 3, "hidden": 3, "activation": "silu", "gated": True, "output": torch.empty(2, 4), "before": None,
+        "experts": 3, "hidden": 3, "activation": "silu", "gated": True, "gate_first": False, "output": torch.empty(2, 4),
+        "before": None,
     }  # fmt: skip
     extension.experts_forward(**good)
     lists = {"w1": [one.t() for one in w1], "w2": [one.t() for one in w2]}

@@ -33,11 +33,11 @@ void hidden_gradients(const ExpertsBackward& a, const WideRows& gradient, const 
             const Float own = load_up_to(sums + r * stride + i, left), weighted = own * weight;
             Float value;
             if (e.gated) {
-                const Float linear = load_up_to(before + i, left);
-                const ValueAndSlope gate = activate_with_slope(e.activation, load_up_to(before + e.hidden + i, left));
+                const Float linear = load_up_to(before + e.linear_at() + i, left);
+                const ValueAndSlope gate = activate_with_slope(e.activation, load_up_to(before + e.gate_at() + i, left));
                 value = linear * gate.value;
-                store_up_to(outgoing + i, weighted * gate.value, left);
-                store_up_to(outgoing + e.hidden + i, weighted * linear * gate.slope, left);
+                store_up_to(outgoing + e.linear_at() + i, weighted * gate.value, left);
+                store_up_to(outgoing + e.gate_at() + i, weighted * linear * gate.slope, left);
             } else {
                 const ValueAndSlope active = activate_with_slope(e.activation, load_up_to(before + i, left));
                 value = active.value;

@@ -226,17 +226,17 @@ struct ExpertTensors {
     GroupedChoices groups;
     Scratch inputs;
     Activation activation;
-    bool gated;
+    bool gated, gate_first;
 
     ExpertTensors(const py::object& x_object, const py::object& weights_object, const py::object& chosen_object,
                   const py::object& w1, const py::object& w2, const py::object& b1, const py::object& b2, int64_t experts,
-                  int64_t hidden, const std::string& activation_name, bool gated)
+                  int64_t hidden, const std::string& activation_name, bool gated, bool gate_first)
         : x(checked_x(x_object)), weights(Tensor::from_torch(weights_object, "weights")),
           chosen(Tensor::from_torch(chosen_object, "chosen")), tokens(x.size(0)), dim(x.size(1)), top_k(checked_top_k()),
           experts(experts), width(gated ? 2 * hidden : hidden), hidden(hidden),
           first(w1, "w1", x.dtype(), experts, {width, dim}), second(w2, "w2", x.dtype(), experts, {dim, hidden}),
           groups(checked_choices(), tokens * top_k, top_k, experts), inputs(copy_of_rows(x)),
-          activation(activation_named(activation_name)), gated(gated) {
+          activation(activation_named(activation_name)), gated(gated), gate_first(gate_first) {
         if (!b1.is_none()) first_bias.reset(new PerExpert(b1, "b1", x.dtype(), experts, {width}));
         if (!b2.is_none()) second_bias.reset(new PerExpert(b2, "b2", x.dtype(), experts, {dim}));
         for (const auto& block : groups.blocks) {
@@ -248,7 +248,7 @@ struct ExpertTensors {
     }
 
     Experts view() const {
-        return {x.dtype(), activation, gated, tokens, top_k, experts, dim, hidden, x.data(), x.stride(0),
+        return {x.dtype(), activation, gated, gate_first, tokens, top_k, experts, dim, hidden, x.data(), x.stride(0),
                 weights.data_as<float>(), groups.view(), first.matrices(), second.matrices(),
                 first_bias ? first_bias->addresses() : nullptr, second_bias ? second_bias->addresses() : nullptr,
                 inputs.get()};
@@ -276,8 +276,9 @@ private:
 
 void bind_experts_forward(const py::object& x, const py::object& weights, const py::object& chosen, const py::object& w1,
                           const py::object& w2, const py::object& b1, const py::object& b2, int64_t experts, int64_t hidden,
-                          const std::string& activation, bool gated, const py::object& output, const py::object& before) {
-    const ExpertTensors tensors(x, weights, chosen, w1, w2, b1, b2, experts, hidden, activation, gated);
+                          const std::string& activation, bool gated, bool gate_first, const py::object& output,
+                          const py::object& before) {
+    const ExpertTensors tensors(x, weights, chosen, w1, w2, b1, b2, experts, hidden, activation, gated, gate_first);
     const int64_t choices = tensors.tokens * tensors.top_k;
     const auto result = Tensor::from_torch(output, "output");
     result.expect({DType::float32, tensors.x.dtype()}).expect_shape({tensors.tokens, tensors.dim}).expect_contiguous();
@@ -294,10 +295,10 @@ void bind_experts_forward(const py::object& x, const py::object& weights, const 
 void bind_experts_backward(const py::object& gradient, const py::object& before, const py::object& x,
                            const py::object& weights, const py::object& chosen, const py::object& w1, const py::object& w2,
                            const py::object& b1, const py::object& b2, int64_t experts, int64_t hidden,
-                           const std::string& activation, bool gated, const py::object& x_gradient,
+                           const std::string& activation, bool gated, bool gate_first, const py::object& x_gradient,
                            const py::object& weights_gradient, const py::object& w1_gradient, const py::object& w2_gradient,
                            const py::object& b1_gradient, const py::object& b2_gradient) {
-    const ExpertTensors tensors(x, weights, chosen, w1, w2, b1, b2, experts, hidden, activation, gated);
+    const ExpertTensors tensors(x, weights, chosen, w1, w2, b1, b2, experts, hidden, activation, gated, gate_first);
     const DType dtype = tensors.x.dtype();
     const int64_t tokens = tensors.tokens, dim = tensors.dim, width = tensors.width, choices = tokens * tensors.top_k;
     const auto incoming = Tensor::from_torch(gradient, "gradient");
@@ -347,10 +348,11 @@ void bind_mixture_of_experts(py::module_& module) {
                py::arg("x_gradient"), py::arg("router_gradient"));
     module.def("experts_forward", &bind_experts_forward, py::arg("x"), py::arg("weights"), py::arg("chosen"), py::arg("w1"),
                py::arg("w2"), py::arg("b1"), py::arg("b2"), py::arg("experts"), py::arg("hidden"), py::arg("activation"),
-               py::arg("gated"), py::arg("output"), py::arg("before"));
+               py::arg("gated"), py::arg("gate_first"), py::arg("output"), py::arg("before"));
     module.def("experts_backward", &bind_experts_backward, py::arg("gradient"), py::arg("before"), py::arg("x"),
                py::arg("weights"), py::arg("chosen"), py::arg("w1"), py::arg("w2"), py::arg("b1"), py::arg("b2"),
-               py::arg("experts"), py::arg("hidden"), py::arg("activation"), py::arg("gated"), py::arg("x_gradient"),
+               py::arg("experts"), py::arg("hidden"), py::arg("activation"), py::arg("gated"),
+               py::arg("gate_first"), py::arg("x_gradient"),
                py::arg("weights_gradient"), py::arg("w1_gradient"), py::arg("w2_gradient"), py::arg("b1_gradient"),
                py::arg("b2_gradient"));
 }

@@ -15,23 +15,23 @@ void hidden_units(const ExpertsForward& a, const WideRows& x, const RowBlock& bl
     const int64_t half = padded_columns(count), stride = e.gated ? 2 * half : half;
     alignas(64) float sums[most_sums];
     const Matrix& weight = e.first[block.expert];
-    multiply_unpacked<Element>(addresses, rows, weight, first, count, sums, stride);
-    if (e.gated) multiply_unpacked<Element>(addresses, rows, weight, e.hidden + first, count, sums + half, stride);
+    multiply_unpacked<Element>(addresses, rows, weight, e.linear_at() + first, count, sums, stride);
+    if (e.gated) multiply_unpacked<Element>(addresses, rows, weight, e.gate_at() + first, count, sums + half, stride);
     const auto* bias =
         e.first_bias == nullptr ? nullptr : static_cast<const Element*>(e.first_bias[block.expert]) + first;
     for (int r = 0; r < rows; ++r) {
         const int64_t place = block.first + r;
         for (int64_t i = 0; i < count; i += Float::lanes) {
             const int64_t left = count - i;
-            const auto part = [&](int64_t at) {
-                const Float value = load_up_to(sums + r * stride + (at == 0 ? 0 : half) + i, left);
+            const auto part = [&](int64_t at, int64_t column) {
+                const Float value = load_up_to(sums + r * stride + column + i, left);
                 const Float with_bias = bias == nullptr ? value : value + load_up_to(bias + at + i, left);
                 if (a.before != nullptr) store_up_to(a.before + place * e.width() + at + first + i, with_bias, left);
                 return with_bias;
             };
-            const Float linear = part(0);
+            const Float linear = part(e.linear_at(), 0);
             const Float hidden =
-                e.gated ? linear * activate(e.activation, part(e.hidden)) : activate(e.activation, linear);
+                e.gated ? linear * activate(e.activation, part(e.gate_at(), half)) : activate(e.activation, linear);
             store_up_to(a.hidden + place * e.hidden + first + i, hidden, left);
         }
     }

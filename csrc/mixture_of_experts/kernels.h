@@ -67,7 +67,7 @@ struct Groups {
 struct Experts {
     DType dtype;
     Activation activation;
-    bool gated;
+    bool gated, gate_first;
     int64_t tokens, top_k, experts, dim, hidden;
     const void* x;
     int64_t x_stride;
@@ -80,6 +80,10 @@ struct Experts {
     float* inputs;                    // scratch (tokens, dim), null where x can be used as it is
 
     int64_t width() const { return gated ? 2 * hidden : hidden; }
+
+    // Where the halves of the first matrix begin.
+    int64_t linear_at() const { return gated && gate_first ? hidden : 0; }
+    int64_t gate_at() const { return gate_first ? 0 : hidden; }
 };
 
 struct ExpertsForward {

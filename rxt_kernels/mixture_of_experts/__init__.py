@@ -1,6 +1,6 @@
 """Sparse feed-forward layers: softmax top-k router, experts, shared experts, load-balance loss."""
 
-from rxt_kernels.mixture_of_experts.op import load_balance_loss, mixture_of_experts, route
+from rxt_kernels.mixture_of_experts.op import load_balance_loss, mixture_of_experts, route, routed_experts
 from rxt_kernels.mixture_of_experts.reference import (
     MixtureOfExpertsOutput,
     Routing,
@@ -20,4 +20,5 @@ __all__ = [
     "mixture_of_experts_reference",
     "route",
     "route_reference",
+    "routed_experts",
 ]

@@ -110,6 +110,7 @@ def _experts_forward(
     hidden: int,
     activation: str,
     gated: bool,
+    gate_first: bool,
     wide: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -118,7 +119,7 @@ def _experts_forward(
     width = 2 * hidden if gated else hidden
     before = x.new_empty((chosen.numel(), width), dtype=torch.float32) if keep else None
     extension.experts_forward(
-        _rows(x), weights, chosen, w1, w2, b1, b2, experts, hidden, activation, gated, output, before
+        _rows(x), weights, chosen, w1, w2, b1, b2, experts, hidden, activation, gated, gate_first, output, before
     )
     return output, before
 
@@ -144,7 +145,7 @@ def _count(w2: Sequence[Tensor], stacked: bool) -> tuple[int, int]:
 
 _ARGUMENTS = (
     "Tensor x, Tensor weights, Tensor chosen, Tensor[] w1, Tensor[] w2, Tensor[] b1, Tensor[] b2, bool stacked, "
-    "str activation, bool gated"
+    "str activation, bool gated, bool gate_first"
 )
 
 
@@ -162,12 +163,13 @@ def _routed_experts(
     stacked: bool,
     activation: str,
     gated: bool,
+    gate_first: bool,
     wide: bool,
 ) -> tuple[Tensor, Tensor]:
     output, before = _experts_forward(
         x, weights.contiguous(), chosen.contiguous(), _readable(w1[0] if stacked else w1),
         _readable(w2[0] if stacked else w2), _biases(b1, stacked), _biases(b2, stacked), *_count(w2, stacked), activation,
-        gated, wide, True,
+        gated, gate_first, wide, True,
     )  # fmt: skip
     assert before is not None
     return output, before
@@ -191,13 +193,14 @@ def _routed_experts_backward(
     stacked: bool,
     activation: str,
     gated: bool,
+    gate_first: bool,
 ) -> list[Tensor]:
     gradients = [[tensor.new_empty(tensor.shape) for tensor in tensors] for tensors in (w1, w2, b1, b2)]
     x_gradient, weights_gradient = x.new_empty(x.shape), weights.new_empty(weights.shape)
     extension.experts_backward(
         gradient.contiguous(), before, _rows(x), weights.contiguous(), chosen.contiguous(),
         _readable(w1[0] if stacked else w1), _readable(w2[0] if stacked else w2), _biases(b1, stacked),
-        _biases(b2, stacked), *_count(w2, stacked), activation, gated, x_gradient, weights_gradient,
+        _biases(b2, stacked), *_count(w2, stacked), activation, gated, gate_first, x_gradient, weights_gradient,
         *((own[0] if stacked else own) if own else None for own in gradients),
     )  # fmt: skip
     return [x_gradient, weights_gradient, *(tensor for own in gradients for tensor in own)]
@@ -206,7 +209,7 @@ def _routed_experts_backward(
 @_routed_experts.register_fake
 def _(
     x: Tensor, weights: Tensor, chosen: Tensor, w1: Sequence[Tensor], w2: Sequence[Tensor], b1: Sequence[Tensor],
-    b2: Sequence[Tensor], stacked: bool, activation: str, gated: bool, wide: bool,
+    b2: Sequence[Tensor], stacked: bool, activation: str, gated: bool, gate_first: bool, wide: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     hidden = _count(w2, stacked)[1]
     before = x.new_empty((chosen.shape[0] * chosen.shape[1], 2 * hidden if gated else hidden), dtype=torch.float32)
@@ -233,7 +236,7 @@ def _gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
     x_gradient, weights_gradient, *others = _routed_experts_backward(
         gradient, before, x, weights, chosen, *_lists(rest, ctx.lengths), *ctx.options
     )
-    return (x_gradient, weights_gradient, None, *_lists(others, ctx.lengths), None, None, None, None)
+    return (x_gradient, weights_gradient, None, *_lists(others, ctx.lengths), None, None, None, None, None)
 
 
 def _lists(tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:
@@ -249,6 +252,31 @@ def _tensors_of(experts: ExpertTensors | None) -> list[Tensor]:
     if experts is None:
         return []
     return [experts] if isinstance(experts, Tensor) else list(experts)
+
+
+def _unsupported(x: Tensor, *experts: ExpertTensors | None, dropout: float = 0.0) -> str | None:
+    if dropout:
+        return f"dropout is {dropout}; the kernels drop no hidden units."
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is at work, which native kernels do not know."
+    # The tensors of a list have been compared in shape; the first one stands for the dtype of all.
+    return unsupported_tensors(x, *(one[0] for one in map(_tensors_of, experts) if one))
+
+
+def supports_routed(
+    x: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    w1: ExpertTensors,
+    w2: ExpertTensors,
+    b1: ExpertTensors | None = None,
+    b2: ExpertTensors | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    gate_first: bool = False,
+) -> str | None:
+    """None, or why this call is not for the native kernels."""
+    return _unsupported(x, w1, w2, b1, b2)
 
 
 def supports(
@@ -268,14 +296,9 @@ def supports(
     dropout: float = 0.0,
 ) -> str | None:
     """None, or why this call is not for the native kernels."""
-    if dropout:
-        return f"dropout is {dropout}; the kernels drop no hidden units."
     if router_dtype is not None and router_dtype not in DTYPES:
         return f"router_dtype is {router_dtype}; the kernels take logits in float32 and bfloat16."
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is at work, which native kernels do not know."
-    # The tensors of a list have been compared in shape; the first one stands for the dtype of all.
-    return unsupported_tensors(x, router_weight, *(one[0] for one in map(_tensors_of, (w1, w2, b1, b2)) if one))
+    return _unsupported(x, [router_weight], w1, w2, b1, b2, dropout=dropout)
 
 
 def _routed(
@@ -289,12 +312,13 @@ def _routed(
     activation: str,
     gated: bool,
     wide: bool,
+    gate_first: bool = False,
 ) -> Tensor:
     """The weighted sum of each token's experts, (N, D)."""
     stacked = isinstance(w1, Tensor)
     lists = [_tensors_of(tensors) for tensors in (w1, w2, b1, b2)]
     if not is_plain_call(x, weights, *(tensor for tensors in lists for tensor in tensors)):
-        output: Tensor = _routed_experts(x, weights, chosen, *lists, stacked, activation, gated, wide)[0]
+        output: Tensor = _routed_experts(x, weights, chosen, *lists, stacked, activation, gated, gate_first, wide)[0]
         return output
     count, hidden = _count(lists[1], stacked)
     used: list[Any]
@@ -309,7 +333,26 @@ def _routed(
             for tensors in lists
         ]
     w1, w2, b1, b2 = used
-    return _experts_forward(x, weights, chosen, w1, w2, b1, b2, count, hidden, activation, gated, wide, False)[0]
+    return _experts_forward(
+        x, weights, chosen, w1, w2, b1, b2, count, hidden, activation, gated, gate_first, wide, False
+    )[0]
+
+
+def routed_experts_native(
+    x: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    w1: ExpertTensors,
+    w2: ExpertTensors,
+    b1: ExpertTensors | None = None,
+    b2: ExpertTensors | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    gate_first: bool = False,
+) -> Tensor:
+    """x (N, D), weights and chosen (N, K) -> (N, D) like x; as the reference."""
+    weights, chosen = weights.contiguous(), chosen.contiguous()
+    return _routed(x, weights, chosen, w1, w2, b1, b2, activation, gated, False, gate_first)
 
 
 def _only(tensor: Tensor) -> Tensor:

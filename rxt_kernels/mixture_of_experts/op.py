@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from rxt_kernels import native_runtime, triton_runtime
-from rxt_kernels.checks import FLOATING, alike, floating, probability, refuse_shape, refuse_type, refuse_value
+from rxt_kernels.checks import (
+    FLOATING,
+    alike,
+    floating,
+    probability,
+    refuse_device,
+    refuse_shape,
+    refuse_type,
+    refuse_value,
+)
 from rxt_kernels.dispatch import Operation
 from rxt_kernels.mixture_of_experts.reference import (
     ACCUMULATIONS,
@@ -17,12 +26,14 @@ from rxt_kernels.mixture_of_experts.reference import (
     MixtureOfExpertsOutput,
     Routing,
     SharedExperts,
+    chosen_experts_reference,
     load_balance_loss_reference,
     mixture_of_experts_reference,
     route_reference,
 )
 
 _MIXTURE_OF_EXPERTS = Operation("mixture_of_experts", mixture_of_experts_reference)
+_ROUTED_EXPERTS = Operation("routed_experts", chosen_experts_reference)
 
 if triton_runtime.available():
     from rxt_kernels.mixture_of_experts import triton
@@ -33,6 +44,7 @@ if native_runtime.available():
     from rxt_kernels.mixture_of_experts import native
 
     _MIXTURE_OF_EXPERTS.register("native", native.mixture_of_experts_native, native.supports, devices=("cpu",))
+    _ROUTED_EXPERTS.register("native", native.routed_experts_native, native.supports_routed, devices=("cpu",))
 
 
 def _check_router(x: Tensor, router_weight: Tensor, top_k: int, router_dtype: torch.dtype | None) -> None:
@@ -249,3 +261,70 @@ def mixture_of_experts(
         x, router_weight, w1, w2, top_k, b1, b2, global_bias, activation, gated, shared, router_dtype, accumulation, dropout,
     )  # fmt: skip
     return _MIXTURE_OF_EXPERTS.select(backend, *arguments)(*arguments)
+
+
+def routed_experts(
+    x: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    w1: ExpertTensors,
+    w2: ExpertTensors,
+    *,
+    b1: ExpertTensors | None = None,
+    b2: ExpertTensors | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    gate_first: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """The experts of :func:`mixture_of_experts` behind a router of your own.
+
+    Args:
+        x: (N, D).
+        weights: (N, K), float32 or wider: what each choice counts.
+        chosen: (N, K) int64, the experts that each token goes to, 0 to E - 1.
+        w1, w2, b1, b2: as in :func:`mixture_of_experts`.
+        activation: as there.
+        gated: one half of the hidden width times the activation of the other.
+        gate_first: the gate is the first half instead of the second.
+        backend: "auto", "reference" or "native".
+
+    Returns:
+        (N, D) like x: for every token, the sum of its K experts times their weights.
+
+    Raises:
+        TypeError, ValueError: a type, shape, dtype, device, range or name is not accepted. On a GPU experts that do not exist
+            are not noticed, since looking would wait for it.
+
+    Example:
+        >>> import torch
+        >>> x, chosen, weights = torch.randn(3, 8), torch.tensor([[0, 2], [1, 3], [2, 3]]), torch.full((3, 2), 0.5)
+        >>> routed_experts(x, weights, chosen, torch.randn(4, 8, 32), torch.randn(4, 16, 8)).shape
+        torch.Size([3, 8])
+    """
+    floating("x", x)
+    if x.dim() != 2:
+        refuse_shape("x", x, "(N, D)")
+    count = _check_experts("", x, None, w1, w2, b1, b2, gated)
+    if not isinstance(chosen, Tensor) or chosen.dtype is not torch.int64:
+        refuse_type("chosen", chosen, "an int64 tensor")
+    if chosen.dim() != 2 or chosen.shape[0] != x.shape[0] or chosen.shape[1] < 1:
+        refuse_shape("chosen", chosen, f"(N, K) with N = {x.shape[0]}, the rows of x")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if not isinstance(weights, Tensor) or weights.dtype is not wide:
+        refuse_type("weights", weights, f"a tensor of {wide}")
+    if weights.shape != chosen.shape:
+        refuse_shape("weights", weights, f"the shape of chosen, {tuple(chosen.shape)}")
+    for name, tensor in (("weights", weights), ("chosen", chosen)):
+        if tensor.device != x.device:
+            refuse_device(name, tensor, "x", x)
+    if chosen.device.type == "cpu" and chosen.numel() and not torch.compiler.is_compiling():
+        low, high = int(chosen.min()), int(chosen.max())
+        if low < 0 or high >= count:
+            refuse_value("chosen", low if low < 0 else high, f"from 0 to {count - 1}, the experts that there are")
+    if activation not in ACTIVATIONS:
+        refuse_value("activation", activation, ", ".join(repr(name) for name in ACTIVATIONS))
+    if gate_first and not gated:
+        raise ValueError("gate_first is True for experts without a gate; leave it out.")
+    arguments = (x, weights, chosen, w1, w2, b1, b2, activation, gated, gate_first)
+    return _ROUTED_EXPERTS.select(backend, *arguments)(*arguments)

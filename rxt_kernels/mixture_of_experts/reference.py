@@ -101,11 +101,13 @@ def expert_reference(
     activation: str,
     gated: bool,
     hidden_scale: Tensor | None = None,
+    gate_first: bool = False,
 ) -> Tensor:
     """One feed-forward network: x (N, D), w1 (2F or F, D), w2 (D, F), hidden_scale (N, F) -> (N, D)."""
     hidden = F.linear(x, w1, b1)
     if gated:
-        linear, gate = hidden.chunk(2, dim=-1)
+        halves = hidden.chunk(2, dim=-1)
+        linear, gate = halves[::-1] if gate_first else halves
         hidden = linear * ACTIVATIONS[activation](gate)
     else:
         hidden = ACTIVATIONS[activation](hidden)
@@ -133,6 +135,8 @@ class Experts(NamedTuple):
     """The matrices are stored input first, as a stacked tensor holds them."""
     activation: str
     gated: bool
+    gate_first: bool = False
+    """The gate is the first half of the hidden width, not the second."""
 
     @property
     def hidden_width(self) -> int:
@@ -151,6 +155,7 @@ class Experts(NamedTuple):
             self.activation,
             self.gated,
             hidden_scale,
+            self.gate_first,
         )
 
 
@@ -161,13 +166,14 @@ def make_experts(
     b2: ExpertTensors | None,
     activation: str,
     gated: bool,
+    gate_first: bool = False,
 ) -> Experts:
     """The experts of either layout, ready to be called one by one."""
     stacked = isinstance(w1, Tensor)
     if stacked and torch.is_grad_enabled():
         # The gradient of one unbind is one stack; that of E single selections would be E tensors of full size.
         w1, w2, b1, b2 = _unbind(w1), _unbind(w2), b1 if b1 is None else _unbind(b1), b2 if b2 is None else _unbind(b2)
-    return Experts(w1, w2, b1, b2, stacked, activation, gated)
+    return Experts(w1, w2, b1, b2, stacked, activation, gated, gate_first)
 
 
 def _unbind(tensors: ExpertTensors) -> ExpertTensors:
@@ -213,6 +219,36 @@ def routed_experts_reference(
     for column, weight in zip(columns[1:], column_weights[1:], strict=True):
         total = torch.addcmul(total, column.to(routing_weights.dtype), weight)
     return total
+
+
+def chosen_experts_reference(
+    x: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    w1: ExpertTensors,
+    w2: ExpertTensors,
+    b1: ExpertTensors | None = None,
+    b2: ExpertTensors | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    gate_first: bool = False,
+) -> Tensor:
+    """As :func:`routed_experts_reference`, from tensors, and in the dtype of x."""
+    if torch.compiler.is_compiling():
+        from rxt_kernels.mixture_of_experts.library import routed_experts_in_graph
+
+        if gate_first:
+            w1, b1 = _gate_last(w1), None if b1 is None else _gate_last(b1)
+        return routed_experts_in_graph(x, weights, chosen, w1, w2, b1, b2, None, activation, gated).to(x.dtype)
+    experts = make_experts(w1, w2, b1, b2, activation, gated, gate_first)
+    return routed_experts_reference(x, weights, chosen, experts).to(x.dtype)
+
+
+def _gate_last(tensors: ExpertTensors) -> ExpertTensors:
+    """First matrices or biases with both halves of their hidden width exchanged."""
+    if isinstance(tensors, Tensor):
+        return tensors.roll(tensors.shape[-1] // 2, -1)
+    return [tensor.roll(tensor.shape[0] // 2, 0) for tensor in tensors]
 
 
 def shared_experts_reference(
