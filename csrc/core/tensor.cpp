@@ -96,6 +96,7 @@ int64_t Tensor::elements() const {
 }
 
 bool Tensor::is_contiguous() const {
+    if (elements() == 0) return true;
     int64_t expected = 1;
     for (int i = dimensions_ - 1; i >= 0; --i) {
         if (size_[i] != 1 && stride_[i] != expected) return false;

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rxt_kernels import native_runtime, triton_runtime
 from rxt_kernels.checks import floating, refuse_shape
 from rxt_kernels.dispatch import Operation
 from rxt_kernels.swiglu.reference import swiglu_reference
-from rxt_kernels.triton_runtime import available
 
 _SWIGLU = Operation("swiglu", swiglu_reference)
 
-if available():
+if triton_runtime.available():
     from rxt_kernels.swiglu import triton
 
     _SWIGLU.register("triton", triton.swiglu_triton, triton.supports, devices=("cuda",))
+
+if native_runtime.available():
+    from rxt_kernels.swiglu import native
+
+    _SWIGLU.register("native", native.swiglu_native, native.supports, devices=("cpu",))
 
 
 def swiglu(x: Tensor, *, backend: str = "auto") -> Tensor:

@@ -1,0 +1,71 @@
+"""SwiGLU by the native CPU kernels: one pass forward, and one backward, which takes the sigmoid again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rxt_kernels.native_runtime import extension, is_plain_call, unsupported_tensors
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as rows of neighbouring values: a view where that is possible."""
+    rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _forward(x: Tensor) -> Tensor:
+    rows, width = _rows(x), x.shape[-1] // 2
+    out = x.new_empty((*x.shape[:-1], width))
+    extension.swiglu_forward(rows, out.view(rows.shape[0], width))
+    return out
+
+
+@torch.library.custom_op("rxt_kernels::swiglu_native", mutates_args=())
+def _swiglu(x: Tensor) -> Tensor:
+    return _forward(x)
+
+
+@torch.library.custom_op("rxt_kernels::swiglu_backward_native", mutates_args=())
+def _backward(gradient: Tensor, x: Tensor) -> Tensor:
+    rows = _rows(x)
+    x_gradient = x.new_empty(x.shape)
+    extension.swiglu_backward(_rows(gradient), rows, x_gradient.view(rows.shape))
+    return x_gradient
+
+
+@_swiglu.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+@_backward.register_fake
+def _(gradient: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> Tensor:
+    x_gradient: Tensor = _backward(gradient, *ctx.saved_tensors)
+    return x_gradient
+
+
+_swiglu.register_autograd(_gradients, setup_context=_keep)
+
+
+def supports(x: Tensor) -> str | None:
+    """None, or why this call is not for the native kernels."""
+    return unsupported_tensors(x)
+
+
+def swiglu_native(x: Tensor) -> Tensor:
+    """x (..., 2F) -> (..., F)."""
+    if is_plain_call(x):
+        return _forward(x)
+    out: Tensor = _swiglu(x)
+    return out
