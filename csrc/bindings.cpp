@@ -14,6 +14,7 @@ void bind_matmul(py::module_&);
 void bind_memory_update(py::module_&);
 void bind_mixture_of_experts(py::module_&);
 void bind_rms_norm(py::module_&);
+void bind_rotary(py::module_&);
 void bind_sparse_query_attention(py::module_&);
 void bind_swiglu(py::module_&);
 
@@ -35,6 +36,7 @@ PYBIND11_MODULE(_native, module) {
     rxt::bind_memory_update(module);
     rxt::bind_mixture_of_experts(module);
     rxt::bind_rms_norm(module);
+    rxt::bind_rotary(module);
     rxt::bind_sparse_query_attention(module);
     rxt::bind_swiglu(module);
 }

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rxt_kernels import native_runtime, triton_runtime
 from rxt_kernels.checks import floating, refuse_device, refuse_shape, refuse_value
 from rxt_kernels.dispatch import Operation
 from rxt_kernels.rotary.reference import rotary_reference
-from rxt_kernels.triton_runtime import available
 
 LAYOUTS = ("interleaved", "split")
 
 _ROTARY = Operation("rotary", rotary_reference)
 
-if available():
+if triton_runtime.available():
     from rxt_kernels.rotary import triton
 
     _ROTARY.register("triton", triton.rotary_triton, triton.supports, devices=("cuda",))
+
+if native_runtime.available():
+    from rxt_kernels.rotary import native
+
+    _ROTARY.register("native", native.rotary_native, native.supports, devices=("cpu",))
 
 
 def check_layout(name: str, layout: str) -> None:
