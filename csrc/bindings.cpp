@@ -9,6 +9,7 @@ namespace py = pybind11;
 namespace rxt {
 
 void bind_decode(py::module_&);
+void bind_linear_cross_entropy(py::module_&);
 void bind_machine_limits(py::module_&);
 void bind_matmul(py::module_&);
 void bind_memory_update(py::module_&);
@@ -31,6 +32,7 @@ PYBIND11_MODULE(_native, module) {
     module.def("instruction_set", [] { return rxt::name(rxt::current_instruction_set()); });
     module.def("use_instruction_set", &rxt::use_instruction_set, py::arg("name"));
     rxt::bind_decode(module);
+    rxt::bind_linear_cross_entropy(module);
     rxt::bind_machine_limits(module);
     rxt::bind_matmul(module);
     rxt::bind_memory_update(module);

@@ -2,6 +2,7 @@
 // many kernels do with them.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <new>
 

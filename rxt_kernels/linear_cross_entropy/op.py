@@ -5,17 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rxt_kernels import native_runtime, triton_runtime
 from rxt_kernels.checks import alike, floating, refuse_device, refuse_shape, refuse_type, refuse_value
 from rxt_kernels.dispatch import Operation
 from rxt_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
-from rxt_kernels.triton_runtime import available
 
 _LINEAR_CROSS_ENTROPY = Operation("linear_cross_entropy", linear_cross_entropy_reference)
 
-if available():
+if triton_runtime.available():
     from rxt_kernels.linear_cross_entropy import triton
 
     _LINEAR_CROSS_ENTROPY.register("triton", triton.linear_cross_entropy_triton, triton.supports, devices=("cuda",))
+
+if native_runtime.available():
+    from rxt_kernels.linear_cross_entropy import native
+
+    _LINEAR_CROSS_ENTROPY.register("native", native.linear_cross_entropy_native, native.supports, devices=("cpu",))
 
 
 def _check_target_range(target: Tensor, classes: int, ignore_index: int) -> None:
