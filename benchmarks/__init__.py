@@ -1,11 +1,13 @@
 """Benchmarks of rxt-kernels, one file per question asked; installed as ``rxt_benchmarks``.
 
 Every benchmark is a module with ``add_arguments(parser)`` and ``run(arguments) -> int``, is listed in :data:`BENCHMARKS`
-(``rxt bench NAME``), and runs alone as ``python -m rxt_benchmarks.NAME``.
+(``rxt bench NAME``), and runs alone as ``python -m rxt_benchmarks.NAME``. :data:`COMMANDS` are run in the same way and
+measure nothing of their own.
 """
 
 BENCHMARKS: dict[str, str] = {
     "scaling": "cost of a conversation against its number of turns: RxT and a stateless LLM of the same size",
+    "sqa": "time of attention against its number of query heads, from MHA to extreme sparse query attention",
     "memory": "recall of facts against the number of turns since they were told",
     "launches": "kernels launched per decoded token and per memory update, by Triton and by torch",
     "decode": "time of one more token on the CPU, against what the machine's memory allows",
@@ -15,3 +17,8 @@ BENCHMARKS: dict[str, str] = {
     "train": "time of a training step of the decoder",
 }
 """Name of a benchmark, which is also its module, to the question it answers."""
+
+COMMANDS: dict[str, str] = {
+    "compare": "what changed between two results, beyond noise; --check fails if a ratio got worse",
+}
+"""Likewise what runs benchmarks, and what is done with results."""

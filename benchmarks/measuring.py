@@ -55,20 +55,28 @@ class Task:
         result: does the work once and gives what it computed, to be compared.
         run: does the work and gives the seconds of each time it was done.
         expected: what the result is compared with, where it is another one than the case's.
+        is_warm: whether making the result has warmed it, so that it is not run once more before it is timed; for work
+            that takes seconds.
     """
 
     result: Callable[[], Tensor]
     run: Callable[[], Sequence[float]]
     expected: Tensor | None = None
+    is_warm: bool = False
 
 
 @dataclass(frozen=True)
 class System:
-    """Who does the work; ``make`` may raise :class:`Absent`."""
+    """Who does the work; ``make`` may raise :class:`Absent`.
+
+    ``model`` and ``work`` are given where systems of one case are of different sizes, as kinds of attention are.
+    """
 
     backend: str
     dtype: str
     make: Callable[[], Task]
+    model: str | None = None
+    work: Work | None = None
 
 
 @dataclass(frozen=True)
@@ -197,7 +205,7 @@ def _admit(case: Case, measured: Measured) -> list[_Entrant]:
     eager: dict[str, float] = {}
     for system in case.systems:
         who = {
-            "name": case.name, "model": case.model, "backend": system.backend, "dtype": system.dtype,
+            "name": case.name, "model": system.model or case.model, "backend": system.backend, "dtype": system.dtype,
             "threads": case.threads, "shape": dict(case.shape),
         }  # fmt: skip
         try:
@@ -238,7 +246,8 @@ def measure_case(
     measured = Measured()
     entrants = _admit(case, measured)
     for entrant in entrants:
-        entrant.task.run()  # warm
+        if not entrant.task.is_warm:
+            entrant.task.run()
     with _without_garbage_collection():
         for number in range(repeats):
             if stop_at is not None and number >= _LEAST_ROUNDS and time.monotonic() >= stop_at:
@@ -255,12 +264,12 @@ def measure_case(
 
 def _row(case: Case, entrant: _Entrant, limits: Limits) -> dict[str, Any]:
     system = entrant.system
-    work = case.work(system.dtype)
+    work = case.work(system.dtype) if system.work is None else system.work
     least = floor(work, system.dtype, limits)
     spread = percentiles(entrant.samples)
     row = {
         "name": case.name,
-        "model": case.model,
+        "model": system.model or case.model,
         "backend": system.backend,
         "dtype": system.dtype,
         "threads": case.threads,

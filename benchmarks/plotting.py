@@ -2,7 +2,7 @@
 
 python -m rxt_benchmarks.plotting results/scaling.json --plot scaling.png
 
-Bars of the benchmarks of native kernels are drawn by :mod:`.ratio_plot`.
+:func:`plot_results` knows every picture; those that are not of ``scaling`` lie in modules of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rxt_model.files import atomic_path
 
 from .results import Results, read_results
 
-__all__ = ["THEMES", "Theme", "draw_themes", "plot_scaling", "require_matplotlib"]
+__all__ = ["LABELS", "STYLES", "THEMES", "Theme", "draw_themes", "plot_results", "plot_scaling", "require_matplotlib"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ THEMES = (
     ),
 )  # fmt: skip
 
-_LABELS = {
+LABELS = {
     "rxt": "RxT",
     "stateless-reread": "stateless LLM, history re-read",
     "stateless-cached": "stateless LLM, KV cache kept",
 }
-_STYLES: dict[str, Any] = {"rxt": "-", "stateless-reread": (0, (6, 1.5)), "stateless-cached": (0, (2, 1.2))}
+STYLES: dict[str, Any] = {"rxt": "-", "stateless-reread": (0, (6, 1.5)), "stateless-cached": (0, (2, 1.2))}
 _SHORT = {"stateless-reread": "re-reading", "stateless-cached": "kept cache"}
 
 
@@ -109,6 +109,23 @@ def plot_scaling(results: Results, path: str | os.PathLike[str]) -> list[Path]:
     return draw_themes(results, path, _draw)
 
 
+def plot_results(results: Results, path: str | os.PathLike[str]) -> list[Path]:
+    """Draw the results of any benchmark; arguments, result and errors as of :func:`plot_scaling`.
+
+    Raises:
+        ValueError: there is no picture of this benchmark.
+    """
+    if results.name == "scaling":
+        return plot_scaling(results, path)
+    if results.name == "sqa":
+        from .sqa_plot import plot_sqa
+
+        return plot_sqa(results, path)
+    from .ratio_plot import plot_ratios
+
+    return plot_ratios(results, path)
+
+
 def draw_themes(
     results: Results, path: str | os.PathLike[str], draw: Callable[[Results, Theme, Path], None]
 ) -> list[Path]:
@@ -163,10 +180,11 @@ def _caption(results: Results) -> str:
         tokens = "messages of real length"
     repeats = results.summary["repeats_measured"]
     band = ", bands: 20th to 80th percentile" if repeats > 2 else ""
+    backends = " and ".join(dict.fromkeys(row["backend"] for row in results.rows))
     return (
         f"{settings['model']}: decoder {counts['rxt_decoder'] / 1e6:.1f} M parameters, stateless LLM "
         f"{counts['stateless'] / 1e6:.1f} M; {tokens} from {settings['dialogues']}.\n"
-        f"float32, eager torch {environment['torch']}, {environment['cpu']}, {environment['threads']} "
+        f"float32, backend {backends}, torch {environment['torch']}, {environment['cpu']}, {environment['threads']} "
         f"thread{'s' if environment['threads'] > 1 else ''}; medians of {repeats} conversations{band}."
     )
 
@@ -176,7 +194,7 @@ def _rows(results: Results, name: str) -> list[Mapping[str, Any]]:
 
 
 def _draw_panel(axes: Any, results: Results, theme: Theme, panel: Panel) -> None:
-    for name in _LABELS:
+    for name in LABELS:
         rows = _rows(results, name)
         turns = [row["turn"] for row in rows]
         colour = theme.series[name]
@@ -187,7 +205,7 @@ def _draw_panel(axes: Any, results: Results, theme: Theme, panel: Panel) -> None
         )  # fmt: skip
         axes.plot(
             turns, [middle for _, middle, _ in values],
-            color=colour, linestyle=_STYLES[name], linewidth=2.6 if name == "rxt" else 2.1, label=_LABELS[name],
+            color=colour, linestyle=STYLES[name], linewidth=2.6 if name == "rxt" else 2.1, label=LABELS[name],
         )  # fmt: skip
     if panel.measure == "latency":
         ours = _rows(results, "rxt")
@@ -252,12 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("results", help="JSON file of a benchmark")
     parser.add_argument("--plot", required=True, metavar="FILE", help="PNG to write; a dark one is written beside it")
     options = parser.parse_args(arguments)
-    from .ratio_plot import plot_ratios
-
     try:
-        results = read_results(options.results)
-        plot = plot_scaling if results.name == "scaling" else plot_ratios
-        paths = plot(results, options.plot)
+        paths = plot_results(read_results(options.results), options.plot)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

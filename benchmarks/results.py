@@ -9,9 +9,9 @@ Top level::
     complete         false if it was interrupted; rows hold what was measured
     settings         what was asked for; a run continues only with equal settings
     environment      see environment.describe_environment
-    limits           read_bandwidth_bytes_per_second, fma_flops_per_second
-    rows             a list; each row has name, backend, dtype, shape and p20, p50, p80 in seconds, plus what the benchmark
-                     adds: those of native kernels floor, in seconds, and ratio, which is p50 / floor
+    limits           read_bandwidth_bytes_per_second, fma_flops_per_second; nothing has to be there where no row was timed
+    rows             a list; each row has name, backend, dtype, shape, where something was timed p20, p50, p80 in seconds,
+                     and what the benchmark adds: those of native kernels floor, in seconds, and ratio, which is p50 / floor
     summary          what the benchmark concludes from its rows
 """
 
@@ -33,7 +33,8 @@ __all__ = ["FORMAT", "FORMAT_VERSION", "Results", "ResultsError", "read_results"
 FORMAT = "rxt-benchmark"
 FORMAT_VERSION = 1
 _LIMITS = ("read_bandwidth_bytes_per_second", "fma_flops_per_second")
-_ROW = {"name": str, "backend": str, "dtype": str, "shape": dict, "p20": float, "p50": float, "p80": float}
+_ROW = {"name": str, "backend": str, "dtype": str, "shape": dict}
+_TIMES = {"p20": float, "p50": float, "p80": float}
 
 
 class ResultsError(ValueError):
@@ -61,14 +62,16 @@ class Results:
         """Raises:
         ResultsError: a part is missing or of the wrong kind, named in a sentence.
         """
-        for name in _LIMITS:
+        was_timed = any("p50" in row for row in self.rows) or not self.rows
+        for name in _LIMITS if was_timed else ():
             if not isinstance(self.limits.get(name), (int, float)):
                 raise ResultsError(f"limits has no number {name}; a result says what the machine can do.")
         for index, row in enumerate(self.rows):
-            for name, kind in _ROW.items():
+            has_times = any(name in row for name in _TIMES)
+            for name, kind in {**_ROW, **(_TIMES if has_times else {})}.items():
                 if not isinstance(row.get(name), kind):
                     raise ResultsError(f"rows[{index}].{name} is {row.get(name)!r}; it must be a {kind.__name__}.")
-            if not 0 <= row["p20"] <= row["p50"] <= row["p80"] < math.inf:
+            if has_times and not 0 <= row["p20"] <= row["p50"] <= row["p80"] < math.inf:
                 raise ResultsError(f"rows[{index}] has percentiles out of order or not finite.")
             least = row.get("floor", math.inf)
             if not isinstance(least, (int, float)) or not least > 0 or ("floor" in row) != ("ratio" in row):

@@ -18,12 +18,23 @@ from tqdm import tqdm
 from rxt_kernels.dispatch import available_backends, operations
 from rxt_model.presets import PRESETS
 
+from .comparing import add_check_argument, checked
 from .environment import cores, describe_environment, use_threads
 from .limits import Machine
 from .measuring import REFERENCE, Case, Measured, measure_case
 from .results import Results, read_results, write_results
 
-__all__ = ["DTYPES", "Options", "add_common_arguments", "main", "run_benchmark", "table", "threads_of"]
+__all__ = [
+    "DTYPES",
+    "Options",
+    "add_check_argument",
+    "add_common_arguments",
+    "checked",
+    "main",
+    "run_benchmark",
+    "table",
+    "threads_of",
+]
 
 BETA, ALPHA = "rxt-beta-micro", "rxt-alpha-micro-plus"
 DTYPES = ("float32", "bfloat16", "int8")
@@ -78,17 +89,36 @@ class Options:
         return dtype in self.dtypes and (self.backends is None or backend.split(" 0.")[0] in self.backends)
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, *, models: Sequence[str], repeats: int = _REPEATS) -> None:
-    """The options that all of these benchmarks take."""
+def add_common_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    models: Sequence[str],
+    repeats: int = _REPEATS,
+    dtypes: Sequence[str] = DTYPES,
+    backends: Sequence[str] = BACKENDS,
+    with_one_thread: bool = True,
+) -> None:
+    """The options that all of these benchmarks take.
+
+    Args:
+        parser: gets the options.
+        models: default of ``--model``; without any there is no such option.
+        repeats: default of ``--repeats``.
+        dtypes, backends: what may be chosen.
+        with_one_thread: whether one thread is measured by default beside all cores.
+    """
+    if models:
+        summary = f"full models (default: {' '.join(models)})"
+        parser.add_argument("--model", nargs="+", default=list(models), metavar="PRESET", help=summary)
+    else:
+        parser.set_defaults(model=[])
     parser.add_argument(
-        "--model", nargs="+", default=list(models), metavar="PRESET", help=f"full models (default: {' '.join(models)})"
-    )
+        "--threads", type=int, nargs="+", metavar="N",
+        help=f"numbers of threads (default: {'1 and ' if with_one_thread else ''}all cores)",
+    )  # fmt: skip
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=list(dtypes), help="(default: every one)")
     parser.add_argument(
-        "--threads", type=int, nargs="+", metavar="N", help="numbers of threads (default: 1 and all cores)"
-    )
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="(default: every one)")
-    parser.add_argument(
-        "--backend", nargs="+", choices=BACKENDS, help="who is measured beside the reference (default: everyone)"
+        "--backend", nargs="+", choices=backends, help="who is measured beside the reference (default: everyone)"
     )
     parser.add_argument("--repeats", type=int, help=f"rounds per size (default: {repeats}; short: {_SHORT_REPEATS})")
     parser.add_argument("--seed", type=int, default=0, help="of weights, memories and tokens (default: 0)")
@@ -99,14 +129,15 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, models: Sequence[st
     parser.add_argument("--json", metavar="FILE", help="save the results, after every size")
     parser.add_argument("--add", action="store_true", help="keep the rows of --json FILE that are not measured again")
     parser.add_argument("--plot", metavar="FILE", help="draw FILE.png and FILE-dark.png")
-    parser.set_defaults(default_repeats=repeats)
+    add_check_argument(parser)
+    parser.set_defaults(default_repeats=repeats, with_one_thread=with_one_thread)
 
 
 def threads_of(arguments: argparse.Namespace) -> tuple[int, ...]:
     """The numbers of threads that were asked for."""
     if arguments.threads is not None:
         return tuple(dict.fromkeys(arguments.threads))
-    return (cores(),) if arguments.short else tuple(dict.fromkeys((1, cores())))
+    return (cores(),) if arguments.short or not arguments.with_one_thread else tuple(dict.fromkeys((1, cores())))
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
@@ -157,6 +188,7 @@ class _Run:
     name: str
     path: str | None
     settings: Mapping[str, Any]
+    conclude: Callable[[Sequence[Mapping[str, Any]]], tuple[Mapping[str, Any], str]] | None = None
     kept: Sequence[Mapping[str, Any]] = ()
     measured: Measured = field(default_factory=Measured)
     skipped: list[str] = field(default_factory=list)
@@ -196,6 +228,7 @@ class _Run:
                 "absent": _shortened(self.measured.absent),
                 "refused": self.measured.refused,
                 "skipped": self.skipped,
+                **({} if self.conclude is None else self.conclude(rows)[0]),
             },
             complete and self.measured.complete,
         )
@@ -244,17 +277,20 @@ def _kept_rows(run: _Run) -> None:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of one case for a person, with what the machine could do in the same rounds."""
     limits = rows[0]["limits"]
+    has_models = len({row["model"] for row in rows}) > 1
+    header = f"{'backend':<25}{'dtype':<10}{'p20':>10}{'p50':>10}{'p80':>10}{'floor':>10}  {'p50/floor':>9}{'speed':>9}"
     reference = next((row["p50"] for row in rows if (row["backend"], row["dtype"]) == (REFERENCE, "float32")), None)
     lines = [
         f"  limits ({limits['source']}): {limits['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s read, "
         f"{limits['fma_flops_per_second'] / 1e9:.0f} GFLOP/s float32, "
         f"{limits['bfloat16_flops_per_second'] / 1e9:.0f} GFLOP/s bfloat16",
-        f"  {'backend':<25}{'dtype':<10}{'p20':>10}{'p50':>10}{'p80':>10}{'floor':>10}  {'p50/floor':>9}{'speed':>9}",
+        "  " + (f"{'model':<12}" if has_models else "") + header,
     ]
     for row in rows:
         speed = "" if reference is None else f"{reference / row['p50']:.2f}x"
         times = "".join(f"{1e3 * row[name]:>10.3f}" for name in ("p20", "p50", "p80", "floor"))
-        lines.append(f"  {row['backend']:<25}{row['dtype']:<10}{times}  {row['ratio']:>9.2f}{speed:>9}")
+        model = f"{row['model']:<12}" if has_models else ""
+        lines.append(f"  {model}{row['backend']:<25}{row['dtype']:<10}{times}  {row['ratio']:>9.2f}{speed:>9}")
     return "\n".join(lines)
 
 
@@ -271,6 +307,7 @@ def run_benchmark(
     arguments: argparse.Namespace,
     cases: Callable[[Options, Callable[[str], None]], Iterator[Case]],
     settings: Mapping[str, Any],
+    conclude: Callable[[Sequence[Mapping[str, Any]]], tuple[Mapping[str, Any], str]] | None = None,
 ) -> int:
     """Measure every case, print each, save after each, draw at the end.
 
@@ -279,10 +316,11 @@ def run_benchmark(
         arguments: the common ones of its command line.
         cases: makes the cases one after the other, given the options and a function that takes down what is skipped.
         settings: what the benchmark was asked for besides.
+        conclude: makes of the rows what the summary holds besides, and the sentences that say it.
 
     Returns:
-        The exit status: 0; 1 if a system was refused or nothing was measured; 130 if interrupted, what was measured
-        being saved.
+        The exit status: 0; 1 if a system was refused, a ratio is worse than that of ``--check``, or nothing was measured;
+        130 if interrupted, what was measured being saved.
 
     Raises:
         ValueError, OSError: arguments that do not fit, before anything is measured.
@@ -294,8 +332,9 @@ def run_benchmark(
         require_matplotlib()
     if arguments.add and arguments.json is None:
         raise ValueError("--add is given without --json; name the file to add to.")
+    earlier = None if arguments.check is None else read_results(arguments.check, name=name)
     recorded = {"models": options.models, "repeats": options.repeats, "seed": options.seed, **settings}
-    run = _Run(name, arguments.json, {key: _plain(value) for key, value in recorded.items()})
+    run = _Run(name, arguments.json, {key: _plain(value) for key, value in recorded.items()}, conclude)
     if arguments.add:
         _kept_rows(run)
     status = _measure(run, options, cases)
@@ -308,13 +347,15 @@ def run_benchmark(
     for sentence in (*run.skipped, *run.fallbacks):
         print(f"note: {sentence}")
     print("Times in milliseconds; floor: the least that the limits allow; speed: against the reference in float32.")
+    if conclude is not None:
+        print(conclude(results.rows)[1])
     if run.path is not None:
         print(f"Results: {run.path}")
     if arguments.plot is not None:
-        from .ratio_plot import plot_ratios
+        from .plotting import plot_results
 
-        print("Plots: " + ", ".join(str(path) for path in plot_ratios(results, arguments.plot)))
-    return status or int(bool(run.measured.refused))
+        print("Plots: " + ", ".join(str(path) for path in plot_results(results, arguments.plot)))
+    return status or int(bool(run.measured.refused)) or checked(results, earlier)
 
 
 def _plain(value: Any) -> Any:

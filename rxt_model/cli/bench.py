@@ -83,11 +83,11 @@ def load_benchmark(name: str) -> ModuleType:
 
 
 def known_benchmarks() -> dict[str, str]:
-    """Name and one-line description of every benchmark of this installation."""
+    """Name and one-line description of every benchmark of this installation, and of what is done with results."""
     try:
         package = importlib.import_module("rxt_benchmarks")
     except ModuleNotFoundError:
         raise UserError(
             "bench: this installation has no benchmarks (package rxt_benchmarks); install rxt-kernels from its source tree."
         ) from None
-    return dict(getattr(package, "BENCHMARKS", {}))
+    return {**getattr(package, "BENCHMARKS", {}), **getattr(package, "COMMANDS", {})}
