@@ -9,6 +9,7 @@ BENCHMARKS: dict[str, str] = {
     "scaling": "cost of a conversation against its number of turns: RxT and a stateless LLM of the same size",
     "sqa": "time of attention against its number of query heads, from MHA to extreme sparse query attention",
     "memory": "recall of facts against the number of turns since they were told",
+    "drift": "what 1,000 memory updates do to a memory, with every kind of gate: size, saturation, numerical drift",
     "launches": "kernels launched per decoded token and per memory update, by Triton and by torch",
     "decode": "time of one more token on the CPU, against what the machine's memory allows",
     "prefill": "time of reading a message, against what the machine's arithmetic allows",

@@ -23,7 +23,15 @@ from typing import Any, Literal
 from rxt_model.config import TokenIds
 from rxt_model.tokenizer import Tokenizer, train_tokenizer
 
-__all__ = ["Dialogues", "Lengths", "Turn", "conversation_turns", "dialogue_tokenizer", "load_dialogues"]
+__all__ = [
+    "Dialogues",
+    "Lengths",
+    "Turn",
+    "conversation_turns",
+    "dialogue_tokenizer",
+    "load_dialogues",
+    "long_conversation",
+]
 
 Lengths = Literal["equal", "real"]
 
@@ -62,16 +70,17 @@ def _joined(conversations: Sequence[Sequence[str]], messages: int) -> tuple[tupl
     long = tuple(tuple(conversation) for conversation in conversations if len(conversation) >= messages)
     if long:
         return long
-    result = []
-    for start in range(len(conversations)):
-        row: list[str] = []
-        following = start
-        while len(row) < messages:
-            conversation = conversations[following % len(conversations)]
-            row += conversation[: len(conversation) // 2 * 2]  # whole exchanges, so that speakers keep alternating
-            following += 1
-        result.append(tuple(row))
-    return tuple(result)
+    return tuple(_in_a_row(conversations, start, messages) for start in range(len(conversations)))
+
+
+def _in_a_row(conversations: Sequence[Sequence[str]], start: int, messages: int) -> tuple[str, ...]:
+    """At least ``messages`` messages: one conversation and those after it, from the first on again behind the last."""
+    row: list[str] = []
+    while len(row) < messages:
+        conversation = conversations[start % len(conversations)]
+        row += conversation[: len(conversation) // 2 * 2]  # whole exchanges, so that speakers keep alternating
+        start += 1
+    return tuple(row)
 
 
 def _own() -> list[list[str]]:
@@ -118,6 +127,18 @@ def load_dialogues(turns: int, *, use_package: bool | None = None) -> Dialogues:
     if installed if use_package is None else use_package:
         return Dialogues("chitchat-dataset", _joined(_from_package(), 2 * turns))
     return Dialogues("own conversations of rxt-kernels", _joined(_own(), 2 * turns))
+
+
+def long_conversation(turns: int, start: int) -> tuple[tuple[str, ...], str]:
+    """One conversation of any number of turns, made of those from number ``start`` on; and where they are from.
+
+    Example:
+        >>> messages, source = long_conversation(1000, 0)
+        >>> len(messages) >= 2000
+        True
+    """
+    dialogues = load_dialogues(1)
+    return _in_a_row(dialogues.conversations, start, 2 * turns), dialogues.source
 
 
 def dialogue_tokenizer(dialogues: Dialogues, vocab_size: int) -> Tokenizer:

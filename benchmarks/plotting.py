@@ -121,6 +121,10 @@ def plot_results(results: Results, path: str | os.PathLike[str]) -> list[Path]:
         from .sqa_plot import plot_sqa
 
         return plot_sqa(results, path)
+    if results.name == "drift":
+        from .drift_plot import plot_drift
+
+        return plot_drift(results, path)
     from .ratio_plot import plot_ratios
 
     return plot_ratios(results, path)
