@@ -11,6 +11,7 @@ BENCHMARKS: dict[str, str] = {
     "memory": "recall of facts against the number of turns since they were told",
     "drift": "what 1,000 memory updates do to a memory, with every kind of gate: size, saturation, numerical drift",
     "launches": "kernels launched per decoded token and per memory update, by Triton and by torch",
+    "gpu_static": "what compilers make of the GPU kernels: registers, occupancy, loads; never timed",
     "decode": "time of one more token on the CPU, against what the machine's memory allows",
     "prefill": "time of reading a message, against what the machine's arithmetic allows",
     "update": "time of a memory update, likewise",

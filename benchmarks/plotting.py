@@ -125,6 +125,10 @@ def plot_results(results: Results, path: str | os.PathLike[str]) -> list[Path]:
         from .drift_plot import plot_drift
 
         return plot_drift(results, path)
+    if results.name == "gpu_static":
+        from .gpu_static_plot import plot_gpu_static
+
+        return plot_gpu_static(results, path)
     from .ratio_plot import plot_ratios
 
     return plot_ratios(results, path)
