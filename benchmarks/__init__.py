@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, str] = {
 """Name of a benchmark, which is also its module, to the question it answers."""
 
 COMMANDS: dict[str, str] = {
+    "all": "a short version of everything in under ten minutes, and a report with tables and plots",
     "compare": "what changed between two results, beyond noise; --check fails if a ratio got worse",
 }
 """Likewise what runs benchmarks, and what is done with results."""
