@@ -100,13 +100,19 @@ def plot_scaling(results: Results, path: str | os.PathLike[str]) -> list[Path]:
         path: of the light PNG; the dark one has ``-dark`` before ``.png``. The suffix is added where it is missing.
 
     Returns:
-        The files written.
+        The files written: with the first steps of the dialogue beside the published ones, in ``-steps``, if there are enough.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: there are no rows, or the path has the suffix of another format.
     """
-    return draw_themes(results, path, _draw)
+    written = draw_themes(results, path, _draw)
+    if results.summary.get("prompt_latency_by_step"):
+        from .dialogue_steps import plot_steps
+
+        target = Path(path)
+        written += plot_steps(results, target.with_name(f"{target.stem}-steps.png"))
+    return written
 
 
 def plot_results(results: Results, path: str | os.PathLike[str]) -> list[Path]:

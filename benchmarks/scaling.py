@@ -30,6 +30,7 @@ from rxt_model.models import ReactiveTransformer
 from rxt_model.presets import PRESETS, build, preset
 from rxt_model.tokenizer import Tokenizer
 
+from .comparing import add_check_argument, checked
 from .devices import add_device_argument, choose_device
 from .dialogues import Lengths, Turn, conversation_turns, dialogue_tokenizer, load_dialogues
 from .environment import describe_environment, machine_limits, use_threads
@@ -103,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="save the results; also when interrupted")
     parser.add_argument("--plot", metavar="FILE", help="draw FILE.png and FILE-dark.png")
     parser.add_argument("--resume", action="store_true", help="continue the results in --json FILE")
+    add_check_argument(parser)
 
 
 def _settings(arguments: argparse.Namespace) -> tuple[Settings, float | None]:
@@ -297,6 +299,7 @@ class _Run:
             return
         results.summary = {
             "parameters": parameters(self.model, self.systems[1].conversation.model),
+            "decoding": {system.name: system.decoding() for system in self.systems},
             "largest_relative_difference_from_uncached": self.differences,
             **summarise(results, self.systems),
         }
@@ -315,6 +318,7 @@ def run(arguments: argparse.Namespace) -> int:
         from .plotting import require_matplotlib
 
         require_matplotlib()
+    earlier = None if arguments.check is None else read_results(arguments.check, name=NAME)
     status = 0
     running = _Run(arguments)
     try:
@@ -335,7 +339,7 @@ def run(arguments: argparse.Namespace) -> int:
         from .plotting import plot_scaling
 
         print("Plots: " + ", ".join(str(path) for path in plot_scaling(results, arguments.plot)))
-    return status
+    return status or checked(results, earlier)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

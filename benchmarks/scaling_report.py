@@ -14,6 +14,7 @@ from torch import nn
 from rxt_model.models import ReactiveTransformer
 from rxt_model.presets import parameter_counts
 
+from .dialogue_steps import prompt_latency, text_of_steps
 from .dialogues import Turn
 from .results import Results
 from .statistics import (
@@ -319,6 +320,7 @@ def summarise(results: Results, systems: Sequence[System]) -> dict[str, Any]:
             for against in (REREAD, CACHED)
         ],
         "overtaking_by_arithmetic": _arithmetic(systems, ours.rows[-1]["shape"]),
+        "prompt_latency_by_step": prompt_latency(results.rows),
     }
 
 
@@ -403,6 +405,13 @@ def _comparison(summary: Mapping[str, Any], against: str) -> list[str]:
     return [f"RxT against {_IN_SENTENCES[against]}:", *(f"  {subject:<35} {said}" for subject, said in lines), ""]
 
 
+def _decoding(sentences: Mapping[str, str]) -> list[str]:
+    """How answers are decoded, once if all systems say the same."""
+    if len(set(sentences.values())) == 1:
+        return [f"All systems: {next(iter(sentences.values()))}"]
+    return [f"{TITLES[name]}: {sentence}" for name, sentence in sentences.items()]
+
+
 def text_report(results: Results, systems: Sequence[System]) -> str:
     """The table and the conclusions, for a terminal."""
     summary, environment, limits = results.summary, results.environment, results.limits
@@ -416,10 +425,17 @@ def text_report(results: Results, systems: Sequence[System]) -> str:
         f"multiplies {limits['fma_flops_per_second'] / 1e9:.0f} GFLOP/s",
         f"{results.settings['dialogues']}, {repeats} conversation{'s' if repeats > 1 else ''} of "
         f"{summary['turns_measured']} turns; medians",
+        *_decoding(summary["decoding"]),
         "",
         *_table(results.rows),
         "",
     ]
+    operations = {name: of["flops"] for name, of in summary["systems"].items()}
+    lines.append(
+        "Operations of the whole conversation, the proxy of its energy: "
+        + ", ".join(f"{TITLES[name]} {count / 1e9:,.0f} GFLOP" for name, count in operations.items())
+        + "."
+    )
     exponents = {name: of["exponents"] for name, of in summary["systems"].items()}
     if all(exponents.values()):
         lines.append("Cost ~ N^b over the later half of the turns (95% interval over conversations):")
@@ -434,6 +450,7 @@ def text_report(results: Results, systems: Sequence[System]) -> str:
     lines += [
         f"RxT's last turns take {_with_interval(flat)} times as long as its first ones (turns 2 to 6).",
         "",
+        *text_of_steps(summary["prompt_latency_by_step"], TITLES),
         *_comparison(summary, REREAD),
         *_comparison(summary, CACHED),
         f"Against this machine's limits, RxT takes {ours['decode_token']['ratio']:.1f} times as long as reading its weights "

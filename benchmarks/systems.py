@@ -82,6 +82,9 @@ class System(Protocol):
     name: str
     title: str
 
+    def decoding(self) -> str:
+        """How answers are decoded, and why, in one sentence."""
+
     def reset(self) -> None:
         """Begin a new conversation."""
 
@@ -106,6 +109,9 @@ class RxTSystem:
         self.model = model
         self.costs = RxTCosts(model.decoder.config, model.encoder.config, model.memory_attention.config)
         self._timer = make_timer(model.device)
+
+    def decoding(self) -> str:
+        return self.model.explain()
 
     def reset(self) -> None:
         self.model.reset_stm(seed=0)
@@ -172,6 +178,9 @@ class StatelessSystem:
         self.conversation = StatelessConversation(model, token_ids, keep_cache=keep_cache)
         self.costs = StatelessCosts(model.config.transformer_config())
         self._timer = make_timer(self.conversation.device)
+
+    def decoding(self) -> str:
+        return self.conversation.explain()
 
     def reset(self) -> None:
         self.conversation.reset()

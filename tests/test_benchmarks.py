@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from rxt_benchmarks import BENCHMARKS, environment, plotting, results, scaling, scaling_report, statistics, systems
+from rxt_benchmarks import (
+    BENCHMARKS,
+    dialogue_steps,
+    environment,
+    plotting,
+    results,
+    scaling,
+    scaling_report,
+    statistics,
+    systems,
+)
 from rxt_benchmarks.costs import RxTCosts, StatelessCosts, causal_pairs
 from rxt_benchmarks.dialogues import Turn, conversation_turns, dialogue_tokenizer, load_dialogues
 from rxt_benchmarks.systems import TurnTimes
@@ -351,6 +361,7 @@ def test_what_is_timed_is_what_a_user_gets() -> None:
 
 def test_a_system_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     cached = systems.make_systems(tiny_model(), seed=0)[2]
+    cached.conversation.decode_engine = "modules"
     model = cached.conversation.model
     honest = model.hidden_states
     monkeypatch.setattr(  # a cache that forgets where it is
@@ -397,6 +408,7 @@ def known_results(turns: int = 64, repeats: int = 3) -> tuple[results.Results, A
     result = results.Results("scaling", settings, environment.describe_environment(), LIMITS, rows)
     result.summary = {
         "parameters": scaling_report.parameters(model, made[1].conversation.model),
+        "decoding": {system.name: system.decoding() for system in made},
         **scaling_report.summarise(result, made),
     }
     return result, made
@@ -461,6 +473,21 @@ def test_what_the_noise_hides_is_not_claimed(noise: float, verdict: str) -> None
     assert of["latency", "stateless-cached"]["turn"] is None
 
 
+def test_steps_of_a_dialogue_are_ratios_to_the_first() -> None:
+    result, _ = known_results(turns=9)
+    found = result.summary["prompt_latency_by_step"]
+    assert found.keys() == {"rxt", "stateless-reread", "stateless-cached"}
+    for name, of in found.items():
+        times = [row["samples"]["first_token"][0] for row in result.rows if row["name"] == name][:8]
+        assert of["seconds"] == pytest.approx(times[0], abs=1e-9)
+        assert of["p50"] == pytest.approx([time / times[0] for time in times], abs=1e-3)
+    said = dialogue_steps.text_of_steps(found, scaling_report.TITLES)
+    assert said[2].startswith("  RxT ")
+    assert said[2].endswith("1.00"), "published: flat"
+    assert said[3].endswith("2.44"), "published: 0.09 s to 0.22 s"
+    assert known_results(turns=7)[0].summary["prompt_latency_by_step"] == {}
+
+
 def test_report_of_a_few_turns_says_less() -> None:
     result, made = known_results(turns=5, repeats=1)
     assert result.summary["systems"]["rxt"]["exponents"] is None
@@ -477,8 +504,9 @@ def test_samples_come_back_from_rows() -> None:
 
 def test_plots_are_two_png_files(tmp_path: Path) -> None:
     paths = plotting.plot_scaling(known_results()[0], tmp_path / "new" / "scaling.png")
-    assert [path.name for path in paths] == ["scaling.png", "scaling-dark.png"]
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"scaling.png", "scaling-dark.png"}
+    names = ["scaling.png", "scaling-dark.png", "scaling-steps.png", "scaling-steps-dark.png"]
+    assert [path.name for path in paths] == names
+    assert {path.name for path in (tmp_path / "new").iterdir()} == set(names)
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"ends in \.png"):
