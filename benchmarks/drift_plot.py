@@ -22,6 +22,7 @@ _COLOURS = {
     "shipped model": ("#cf222e", "#ff7b72"),
 }
 _STYLES: Mapping[str, Any] = {"": "-", "sigmoid": "-", "tanh": (0, (4, 1.6))}
+_LARGEST_SHOWN = 1e5
 _PANELS = (
     ("rms", "Size of the memory", "root mean square", "log", 1.0),
     ("change", "Rewritten by one turn", "of the memory's size, %", "log", 100.0),
@@ -99,6 +100,8 @@ def _draw_panel(
     axes.set_yscale(scale)
     if scale == "linear":
         axes.set_ylim(-3, 103)
+    elif name == "rms" and axes.get_ylim()[1] > _LARGEST_SHOWN:
+        axes.set_ylim(top=_LARGEST_SHOWN)  # what overflows leaves the picture, the others stay apart
     axes.xaxis.set_major_formatter("{x:,g}")
     axes.set_facecolor(theme.background)
     axes.set_xlabel("turn", color=theme.text)
