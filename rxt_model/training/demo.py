@@ -158,9 +158,9 @@ DEMO_PHASES = (
     ),
 )  # fmt: skip
 """First what memory is for, in short and then in long conversations; its schedule is left early, while steps are still long.
-Then the same with a rate that falls to nothing: that is when recall of old facts comes. Last, in two parts of which the second's
-rate falls to nothing again, half of the conversations are held by the model itself, as in use; words are dropped, because wording that it never saw lacks words it knows; and values that took
-the place of others weigh twice.
+Then the same with a rate that falls to nothing: that is when recall of old facts comes. Last, in two parts of which the
+second's rate falls to nothing again, half of the conversations are held by the model itself, as in use; words are dropped,
+because wording that it never saw lacks words it knows; and values that took the place of others weigh twice.
 
 Long episodes want small steps: at the full rate, training on eighteen turns became unstable, and a trained model that
 went on at 1e-3 forgot within a hundred steps what it could do."""
