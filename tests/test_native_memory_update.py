@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rxt_kernels import memory_norm, memory_update, native_runtime, residual_gate
+from rxt_kernels.memory_update import native_gate, native_norm
 from rxt_kernels.memory_update.parameters import VARIANTS
 from rxt_kernels.testing import (
     GRADIENT_FACTOR,
@@ -46,6 +47,8 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_cast(entry, dtype) for entry in value))
+    if isinstance(value, dict):
+        return {name: _cast(entry, dtype) for name, entry in value.items()}
     return [_cast(entry, dtype) for entry in value] if isinstance(value, list) else value
 
 
@@ -145,35 +148,138 @@ def test_training_updates_running_means_like_the_definition() -> None:
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients(variant: str) -> None:
-    def gradients(dtype: torch.dtype, backend: str) -> list[Tensor]:
-        inputs = {name: _cast(value, dtype) for name, value in _update(variant, gate="linear").items()}
-        inputs["memory"].requires_grad_()
-        inputs["encoded"].requires_grad_()
-        weights = [layer.attention.query.requires_grad_() for layer in inputs["layers"]]
-        out = memory_update(**inputs, backend=backend)
-        found = torch.autograd.grad(out.square().sum(), [inputs["memory"], inputs["encoded"], *weights])
-        return [found[0], found[1], torch.stack(found[2:])]
+def _gradients(inputs: Any, call: Callable[[Any], Tensor], rounded: torch.dtype = torch.float32) -> list[Tensor]:
+    """Gradients of all tensors in `inputs` but running means; that of the output is random, and rounded first."""
+    leaves: list[Tensor] = []
 
-    results = [gradients(torch.float32, "native"), gradients(torch.float32, "reference")]
-    for actual, eager, exact in zip(*results, gradients(torch.float64, "reference"), strict=True):
-        assert_accurate(actual, eager, exact, factor=GRADIENT_FACTOR)
+    def leaf(value: Any, name: str = "") -> Any:
+        if isinstance(value, Tensor):
+            if not value.is_floating_point() or name in ("ema_rms", "key_angles"):
+                return value
+            leaves.append(value.detach().requires_grad_())
+            return leaves[-1]
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(leaf, value, value._fields))
+        if isinstance(value, dict):
+            return {name: leaf(entry, name) for name, entry in value.items()}
+        return [leaf(entry) for entry in value] if isinstance(value, list) else value
+
+    out = call(leaf(inputs))
+    weights = _draw(*out.shape, seed=9).to(rounded).to(out.dtype)
+    return list(torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True))  # type: ignore[arg-type]
+
+
+def _by_shape(gradients: list[Tensor]) -> list[Tensor]:
+    """Those of one shape as one tensor."""
+    shapes = sorted({gradient.shape for gradient in gradients})
+    return [torch.stack([gradient for gradient in gradients if gradient.shape == shape]) for shape in shapes]
+
+
+def _compare_gradients(
+    inputs: Any, dtype: torch.dtype, call: Callable[[Any, str], Tensor], by_shape: bool = False
+) -> None:
+    """By shape: a scalar's gradient in an update sums rounded ones that cancel; it is compared beside all of its kind."""
+    rounded = _cast(inputs, dtype)
+    actual, eager, exact = (
+        _gradients(_cast(rounded, kind), lambda value, backend=backend: call(value, backend), dtype)  # type: ignore[misc]
+        for kind, backend in ((dtype, "native"), (dtype, "reference"), (torch.float64, "reference"))
+    )
+    if by_shape:
+        actual, eager, exact = _by_shape(actual), _by_shape(eager), _by_shape(exact)
+    for own, definition, wide in zip(actual, eager, exact, strict=True):
+        if wide is not None:
+            assert_accurate(own, definition, wide, factor=GRADIENT_FACTOR)
+
+
+def _gate(inputs: Any, backend: str) -> Tensor:
+    return residual_gate(*inputs, backend=backend)
+
+
+def _norm(inputs: Any, backend: str) -> Tensor:
+    return memory_norm(*inputs, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "per_slot", "status", "activation"), GATES)
+def test_gradients_of_gates(kind: str, per_slot: bool, status: str, activation: str, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        gate = make_gate(kind, *shape[1:], per_slot=per_slot, status=status, activation=activation)
+        _compare_gradients([_draw(*shape), _draw(*shape, seed=1), gate], dtype, _gate)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "per_dim_scale"), [*((kind, False) for kind in NORMS), ("positional", True)])
+def test_gradients_of_norms(kind: str, per_dim_scale: bool, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        norm = make_norm(kind, *shape[1:], per_dim_scale=per_dim_scale)
+        _compare_gradients([2.0 * _draw(*shape) + 0.5, norm], dtype, _norm)
+
+
+@pytest.mark.parametrize("kind", ["adaptive", "positional"])
+def test_gradients_in_training(kind: str) -> None:
+    """The running mean is updated, and the backward pass uses the one of its own forward pass."""
+    inputs = [_draw(2, 5, 7), make_norm(kind, 5, 7)]
+
+    def twice(value: Any, backend: str) -> Tensor:
+        x, norm = value
+        norm = norm._replace(ema_rms=norm.ema_rms.clone())
+        first = memory_norm(x, norm, training=True, backend=backend)
+        return first + memory_norm(3.0 * x, norm, training=True, backend=backend)
+
+    _compare_gradients(inputs, torch.float32, twice)
+
+
+def test_a_row_of_zeros_has_finite_gradients() -> None:
+    """The root of the root of zero has no slope; whatever it is taken for, nothing may become NaN."""
+    gradients = _gradients([torch.zeros(1, 2, 9), make_norm("rms", 2, 9)], lambda inputs: _norm(inputs, "native"))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_gradients_of_views_and_of_one_memory_for_a_batch() -> None:
+    gate, norm = make_gate("linear", 5, 12), make_norm("layer", 5, 12)
+    for make in VIEWS.values():
+
+        def call(inputs: Any, backend: str, make: Callable[[Tensor], Tensor] = make) -> Tensor:
+            old, new, *rest = inputs
+            old = memory_norm(old, rest[1], backend=backend).expand_as(new)
+            out = residual_gate(old, make(new), rest[0], backend=backend)
+            return out.transpose(1, 2)
+
+        _compare_gradients([_draw(1, 5, 12), _draw(2, 5, 12, seed=1), gate, norm], torch.float32, call)
+
+
+def test_operations_are_registered_as_torch_expects() -> None:
+    old, new = _draw(2, 5, 7).requires_grad_(), _draw(2, 5, 7, seed=1).requires_grad_()
+    gate, norm = make_gate("linear", 5, 7, status="linear"), make_norm("layer", 5, 7)
+    learned = gate.weight, gate.bias, gate.status_weight, gate.status_bias
+    torch.library.opcheck(native_gate._gate, (old, new, *learned, "linear", True, "tanh"))
+    torch.library.opcheck(native_norm._norm, (old, norm.scale, norm.gate, norm.weight, norm.bias, None, False))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_of_an_update(variant: str) -> None:
+    def call(inputs: Any, backend: str) -> Tensor:
+        return memory_update(**inputs, backend=backend)
+
+    _compare_gradients(_update(variant, gate="linear", norm="rms"), torch.float32, call, by_shape=True)
 
 
 def test_the_same_for_every_number_of_threads() -> None:
-    old, new, gate = _draw(2, 300, 64), _draw(2, 300, 64, seed=1), make_gate("linear", 300, 64)
+    inputs = [_draw(2, 300, 64), _draw(2, 300, 64, seed=1), make_gate("linear", 300, 64, status="linear")]
+    norm_inputs = [inputs[0], make_norm("layer", 300, 64)]
     before, found = torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        found.append(residual_gate(old, new, gate, backend="native"))
+        gradients = _gradients(inputs, lambda value: _gate(value, "native"))
+        gradients += _gradients(norm_inputs, lambda value: _norm(value, "native"))
+        found.append([_gate(inputs, "native"), _norm(norm_inputs, "native"), *gradients])
     torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 def test_refusals() -> None:
     extension, x = native_runtime.extension, torch.ones(1, 2, 4)
-    good = [x, x, "linear", False, True, torch.ones(4), torch.ones(2), None, 0.0, torch.ones(1, 2), x.clone()]
+    good = [x, x, "linear", False, True, torch.ones(4), torch.ones(2), None, 0.0, torch.ones(1, 2), None, x.clone()]
     extension.residual_gate(*good)
     for index, value, error, message in [
         (1, torch.ones(1, 2, 5), ValueError, "new has shape"),
@@ -181,8 +287,16 @@ def test_refusals() -> None:
         (5, None, ValueError, "weight is given for every kind but add"),
         (5, torch.ones(3), ValueError, r"weight has shape \(3,\); accepted is \(4,\)"),
         (9, torch.ones(1, 3), ValueError, "status has shape"),
+        (10, torch.ones(1, 3), ValueError, "before has shape"),
     ]:
         with pytest.raises(error, match=message):
             extension.residual_gate(*good[:index], value, *good[index + 1 :])
+    for before, bias_gradient, message in [
+        (None, torch.ones(2), "weight and before are given for a backward pass"),
+        (torch.ones(1, 2), None, "gradients are given for every parameter that there is, and for no other"),
+    ]:
+        gradients = [x.clone(), x.clone(), torch.ones(4), bias_gradient, None, None]
+        with pytest.raises(ValueError, match=message):
+            extension.residual_gate_backward(*good[:10], before, x, *gradients)
     with pytest.raises(ValueError, match="scale and gate are given always"):
         extension.memory_norm(x, True, torch.ones(4), torch.ones(1), None, None, None, False, False, x.clone())

@@ -15,7 +15,7 @@ public:
         thread_local Scratch kept;
         if (count > kept.count_ || (kept.count_ > most_kept && count < kept.count_ / 2)) {
             kept.release();
-            kept.memory_ = static_cast<float*>(::operator new(sizeof(float) * static_cast<size_t>(count), alignment));
+            kept.memory_ = static_cast<float*>(::operator new(sizeof(float) * static_cast<std::size_t>(count), alignment));
             kept.count_ = count;
         }
         return kept.memory_;

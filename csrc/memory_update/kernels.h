@@ -23,8 +23,23 @@ struct ResidualGate {
     const float* bias;           // linear: (slots,) or (1,); else null
     const float* status_weight;  // (width,): the status of a slot is a linear function of it instead of its mean; or null
     float status_bias;
-    float* status;  // scratch, (batch, slots)
+    float* status;  // (batch, slots), scratch, or kept for the backward pass
+    float* before;  // (batch, slots): what the activation is applied to, kept for the backward pass; or null
     void* out;
+};
+
+// Of the kinds that have a weight; gradients of parameters are fp32.
+struct ResidualGateBackward {
+    ResidualGate forward;  // as it was called, with status and before
+    const void* out_gradient;
+    void* old_gradient;
+    void* new_gradient;
+    double* before_gradient;        // scratch, (batch, slots), as the next
+    float* status_gradient;
+    float* weight_gradient;         // like the weight
+    float* bias_gradient;           // like the bias; or null, as the next two
+    float* status_weight_gradient;  // (width,)
+    float* status_bias_gradient;    // one value
 };
 
 enum class MemoryNormKind { plain, layer };
@@ -47,6 +62,21 @@ struct MemoryNorm {
     void* out;
 };
 
-RXT_FOR_EVERY_SET(void residual_gate(const ResidualGate&); void memory_norm(const MemoryNorm&);)
+// Gradients of parameters are fp32.
+struct MemoryNormBackward {
+    MemoryNorm forward;  // as it was called
+    const void* out_gradient;
+    void* x_gradient;
+    double* row_values;      // scratch, (rows, memory_norm_row_values)
+    float* scale_gradient;   // like the scale
+    float* gate_gradient;    // like the gate
+    float* weight_gradient;  // layer: (width,), else null
+    float* bias_gradient;    // layer: (width,), else null
+};
+
+constexpr int64_t memory_norm_row_values = 5;
+
+RXT_FOR_EVERY_SET(void residual_gate(const ResidualGate&); void residual_gate_backward(const ResidualGateBackward&);
+                  void memory_norm(const MemoryNorm&); void memory_norm_backward(const MemoryNormBackward&);)
 
 }  // namespace rxt

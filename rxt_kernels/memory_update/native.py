@@ -6,8 +6,7 @@ does not depend on the layer is done once: sines and cosines of the key position
 
 A memory of batch 1 reads itself once; only its write is repeated for every row of the batch.
 
-Where gradients are recorded or a graph is traced, norms and gates are computed by their definitions, which torch can
-differentiate; attention and RMSNorm are native there too.
+Where gradients are recorded, each part is an operation of its own that torch can differentiate.
 """
 
 from __future__ import annotations
@@ -18,85 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rxt_kernels.memory_update.parameters import (
-    AttentionWeights,
-    MemoryNormParameters,
-    MemoryUpdateLayer,
-    ResidualGateParameters,
-)
-from rxt_kernels.memory_update.reference import memory_norm_reference, residual_gate_reference
-from rxt_kernels.native_runtime import extension, is_plain_call, unsupported_tensors
+from rxt_kernels.memory_update.native_gate import residual_gate_native
+from rxt_kernels.memory_update.native_norm import memory_norm_native
+from rxt_kernels.memory_update.parameters import AttentionWeights, MemoryNormParameters, MemoryUpdateLayer
+from rxt_kernels.native_runtime import unsupported_tensors
 from rxt_kernels.rms_norm.native import rms_norm_native
 from rxt_kernels.sparse_query_attention import native as attention
-
-
-def _flat(parameter: Tensor | None) -> Tensor | None:
-    """A parameter as fp32 values in a row."""
-    return None if parameter is None else parameter.detach().float().reshape(-1).contiguous()
-
-
-def _tensors(parameters: ResidualGateParameters | MemoryNormParameters) -> list[Tensor]:
-    return [value for value in parameters if isinstance(value, Tensor)]
-
-
-def supports_gate(old: Tensor, new: Tensor, gate: ResidualGateParameters) -> str | None:
-    """None, or why this call is not for the native kernels."""
-    return unsupported_tensors(old, new, *_tensors(gate))
-
-
-def residual_gate_native(old: Tensor, new: Tensor, gate: ResidualGateParameters) -> Tensor:
-    """old, new (B, S, D) -> (B, S, D); as the reference."""
-    if gate.kind == "replace" or not is_plain_call(old, new, *_tensors(gate)):
-        return residual_gate_reference(old, new, gate)
-    old, new = (side.contiguous() for side in torch.broadcast_tensors(old, new))
-    out = torch.empty_like(old)
-    bias = 0.0 if gate.status_bias is None else float(gate.status_bias)
-    extension.residual_gate(
-        old,
-        new,
-        gate.kind,
-        gate.activation == "tanh",
-        gate.per_slot,
-        _flat(gate.weight),
-        _flat(gate.bias),
-        _flat(gate.status_weight),
-        bias,
-        old.new_empty(old.shape[:2], dtype=torch.float32),
-        out,
-    )
-    return out
-
-
-def supports_norm(x: Tensor, norm: MemoryNormParameters, training: bool = False) -> str | None:
-    """None, or why this call is not for the native kernels."""
-    return unsupported_tensors(x, *_tensors(norm))
-
-
-def memory_norm_native(x: Tensor, norm: MemoryNormParameters, training: bool = False) -> Tensor:
-    """x (B, S, D) -> (B, S, D); as the reference."""
-    if norm.kind == "classic-rms":
-        assert norm.weight is not None
-        return rms_norm_native(x, norm.weight)
-    if training or not is_plain_call(x, *_tensors(norm)):
-        return memory_norm_reference(x, norm, training)
-    assert norm.scale is not None
-    assert norm.gate is not None
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    given = norm.ema_rms if norm.kind == "positional" else None
-    extension.memory_norm(
-        x,
-        norm.kind == "layer",
-        _flat(norm.scale),
-        _flat(norm.gate),
-        _flat(given),
-        _flat(norm.weight),
-        _flat(norm.bias),
-        norm.scale.dim() == 2,
-        norm.kind == "positional",
-        out,
-    )
-    return out
 
 
 def supports(

@@ -40,10 +40,10 @@ if triton_runtime.available():
     _MEMORY_UPDATE.register("triton", triton.memory_update_triton, triton.supports, devices=("cuda",))
 
 if native_runtime.available():
-    from rxt_kernels.memory_update import native
+    from rxt_kernels.memory_update import native, native_gate, native_norm
 
-    _RESIDUAL_GATE.register("native", native.residual_gate_native, native.supports_gate, devices=("cpu",))
-    _MEMORY_NORM.register("native", native.memory_norm_native, native.supports_norm, devices=("cpu",))
+    _RESIDUAL_GATE.register("native", native_gate.residual_gate_native, native_gate.supports_gate, devices=("cpu",))
+    _MEMORY_NORM.register("native", native_norm.memory_norm_native, native_norm.supports_norm, devices=("cpu",))
     _MEMORY_UPDATE.register("native", native.memory_update_native, native.supports, devices=("cpu",))
 
 

@@ -83,3 +83,8 @@ class MemoryUpdateLayer(NamedTuple):
     context_gate: ResidualGateParameters | None = None
     interlayer_gate: ResidualGateParameters | None = None
     """Gate between a layer's own memory and the mean of the layers; the gated variants."""
+
+
+def flat_values(parameter: Tensor | None) -> Tensor | None:
+    """The values of a parameter in a row, as float32 and without gradient; a view where it is like that."""
+    return None if parameter is None else parameter.detach().float().reshape(-1).contiguous()
