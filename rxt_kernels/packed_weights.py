@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rxt_kernels.native_runtime import extension
 
-__all__ = ["PRECISIONS", "PackedWeights", "pack_weights", "packed_product"]
+__all__ = ["PRECISIONS", "PackedWeights", "pack_into", "pack_weights", "packed_elements", "packed_product"]
 
 PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 """Types that weights can be packed in; int8 has one scale per output."""
@@ -47,16 +47,31 @@ def pack_weights(matrix: Tensor, precision: str) -> PackedWeights:
         raise ValueError(f"precision is {precision!r}; accepted are {', '.join(map(repr, PRECISIONS))}.")
     if matrix.dim() != 2:
         raise ValueError(f"matrix has shape {tuple(matrix.shape)}; accepted is (outputs, inputs).")
-    if precision == "int8" and not torch.isfinite(matrix).all():
+    outputs, inputs = matrix.shape
+    data = torch.empty(packed_elements(precision, outputs, inputs), dtype=PRECISIONS[precision])
+    scales = torch.empty(extension.packed_scales(outputs)) if precision == "int8" else None
+    pack_into(matrix, data, scales)
+    return PackedWeights(data, scales, outputs, inputs)
+
+
+def packed_elements(precision: str, outputs: int, inputs: int) -> int:
+    """Elements of a packed matrix (outputs, inputs)."""
+    count: int = extension.packed_elements(precision, outputs, inputs)
+    return count
+
+
+def pack_into(matrix: Tensor, data: Tensor, scales: Tensor | None) -> None:
+    """As :func:`pack_weights`, into memory that is there: data (packed_elements,), and for int8 scales (whole panels,).
+
+    Raises:
+        ValueError, TypeError: as there, or data or scales that do not fit.
+    """
+    if data.dtype is torch.int8 and not torch.isfinite(matrix).all():
         raise ValueError(
             "matrix holds NaN or infinity, which int8 cannot; accepted are finite weights, or the precision 'float32' or "
             "'bfloat16'."
         )
-    outputs, inputs = matrix.shape
-    data = torch.empty(extension.packed_elements(precision, outputs, inputs), dtype=PRECISIONS[precision])
-    scales = torch.empty(extension.packed_scales(outputs)) if precision == "int8" else None
     extension.pack(matrix.detach(), data, scales)
-    return PackedWeights(data, scales, outputs, inputs)
 
 
 def packed_product(a: Tensor, weights: PackedWeights, bias: Tensor | None = None) -> Tensor:

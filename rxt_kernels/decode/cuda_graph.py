@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rxt_kernels.decode.engine import EagerEngine
-from rxt_kernels.decode.weights import DecoderWeights, ExpertWeights
+from rxt_kernels.decode.weights import DecoderWeights, ExpertWeights, with_stacked_experts
 from rxt_kernels.dispatch import explain, operations, preferred_backend
 
 __all__ = ["Capture", "CudaGraphEngine", "capture_cuda_graph"]
@@ -48,6 +48,8 @@ def capture_cuda_graph(function: Callable[[], Tensor], device: torch.device) -> 
 class CudaGraphEngine(EagerEngine):
     """As :class:`EagerEngine`, with the step recorded; logits are one tensor that every step overwrites.
 
+    Experts that are separate modules are copied once into one tensor.
+
     Args:
         weights: the decoder, on a GPU.
         rows, capacity, limit: as in :class:`EagerEngine`.
@@ -73,7 +75,7 @@ class CudaGraphEngine(EagerEngine):
             raise ValueError(f"a step cannot be recorded as a CUDA graph: {reason}")
         self._capture = capture
         self._recorded: tuple[Callable[[], None], Tensor] | None = None
-        super().__init__(weights, rows, capacity=capacity, limit=limit)
+        super().__init__(with_stacked_experts(weights), rows, capacity=capacity, limit=limit)
 
     @staticmethod
     def supports(weights: DecoderWeights) -> str | None:

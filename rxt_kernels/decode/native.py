@@ -43,7 +43,8 @@ class NativeEngine:
     Raises:
         ValueError: a number below 1, an unknown precision, or weights that the engine cannot decode with.
 
-    Logits come in the dtype of the weights. Of the weights, the engine keeps packed copies and the embedding itself.
+    Logits come in the dtype of the weights. What stays in memory are the packed weights (4, 2 or 1 bytes each), the embedding,
+    which is the caller's own, keys and values, and scratch. While packing, one matrix at a time is held twice.
     """
 
     name: ClassVar[str] = "native"

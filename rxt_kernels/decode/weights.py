@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rxt_kernels.memory_update.parameters import AttentionWeights
 from rxt_kernels.mixture_of_experts import SharedExperts
+from rxt_kernels.mixture_of_experts.reference import ExpertTensors
 
 
 class NormWeights(NamedTuple):
@@ -38,16 +39,16 @@ class FeedForwardWeights(NamedTuple):
 
 
 class ExpertWeights(NamedTuple):
-    """A mixture of experts (specification 2.8), stacked over its E experts."""
+    """A mixture of experts (specification 2.8), in either layout of :data:`ExpertTensors`."""
 
     router: Tensor
     """(E, D)."""
-    w1: Tensor
-    """(E, D, 2F) gated, else (E, D, F); applied as x @ w1[e]."""
-    w2: Tensor
-    """(E, F, D)."""
-    b1: Tensor | None
-    b2: Tensor | None
+    w1: ExpertTensors
+    """(E, D, 2F) gated, else (E, D, F), applied as x @ w1[e]; or E matrices as torch.nn.Linear has them."""
+    w2: ExpertTensors
+    """(E, F, D), or E matrices (D, F)."""
+    b1: ExpertTensors | None
+    b2: ExpertTensors | None
     global_bias: Tensor | None
     """(D,)."""
     shared: SharedExperts | None
@@ -96,3 +97,24 @@ class DecoderWeights(NamedTuple):
     """Whether angles are rounded to the dtype of the model (specification 2.2)."""
     gate_activation: str
     """Of gated attention."""
+
+
+def with_stacked_experts(weights: DecoderWeights) -> DecoderWeights:
+    """The same with the experts of a layer in one tensor, as kernels for GPUs read them; separate ones are copied."""
+
+    def stacked(tensors: ExpertTensors | None) -> Tensor | None:
+        if tensors is None or isinstance(tensors, Tensor):
+            return tensors
+        one = torch.stack([tensor.detach() for tensor in tensors])
+        return one.transpose(1, 2).contiguous() if one.dim() == 3 else one
+
+    layers = []
+    for layer in weights.layers:
+        network = layer.feed_forward
+        if isinstance(network, ExpertWeights):
+            w1, w2 = stacked(network.w1), stacked(network.w2)
+            assert w1 is not None
+            assert w2 is not None
+            network = network._replace(w1=w1, w2=w2, b1=stacked(network.b1), b2=stacked(network.b2))
+        layers.append(layer._replace(feed_forward=network))
+    return weights._replace(layers=tuple(layers))

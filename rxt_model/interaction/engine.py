@@ -27,6 +27,7 @@ from rxt_kernels.decode import (
     decode_engine,
     supports,
 )
+from rxt_kernels.mixture_of_experts.reference import ExpertTensors
 from rxt_model.decoder import CausalModel, DecoderNetwork, RxTDecoder
 from rxt_model.gradients import no_gradients
 from rxt_model.interaction.decoding import padded
@@ -104,27 +105,19 @@ def _norm(module: nn.Module) -> NormWeights:
     return NormWeights(cast(Tensor, module.weight), module.bias if isinstance(module, nn.LayerNorm) else None)
 
 
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of nn.Linear layers as one, matrices applied as x @ w; a copy."""
-    stacked = torch.stack([tensor.detach() for tensor in tensors])
-    return stacked.transpose(1, 2).contiguous() if stacked.dim() == 3 else stacked
-
-
 def _feed_forward(module: nn.Module) -> FeedForwardWeights | ExpertWeights:
     if isinstance(module, FeedForward):
         first, second = module.first_linear, module.fc2
         return FeedForwardWeights(first.weight, first.bias, second.weight, second.bias, module.gated, module.activation)
     assert isinstance(module, (PerExpertMixtureOfExperts, StackedMixtureOfExperts))
     options = module.options
-    w1: Tensor
-    w2: Tensor
-    b1: Tensor | None
-    b2: Tensor | None
+    experts: tuple[ExpertTensors, ExpertTensors, ExpertTensors | None, ExpertTensors | None, Tensor | None]
     if isinstance(module, StackedMixtureOfExperts):
-        w1, w2, b1, b2, global_bias = module.w1, module.w2, module.b1, module.b2, module.global_bias
+        experts = (module.w1, module.w2, module.b1, module.b2, module.global_bias)
     else:
-        w1, w2, b1, b2 = (_stacked(tensors) for tensors in module._weights(module.experts))
-        global_bias = None
+        own = module._weights(module.experts)
+        experts = (own.w1, own.w2, own.b1, own.b2, None)
+    w1, w2, b1, b2, global_bias = experts
     return ExpertWeights(
         module.router.gate.weight, w1, w2, b1, b2, global_bias, module._shared(),
         top_k=options.top_k, gated=options.gated, activation=options.activation, router_dtype=options.router_dtype,
@@ -148,7 +141,7 @@ def _layer(layer: TransformerLayer, memory_index: int | None) -> DecoderLayerWei
 
 @no_gradients()
 def decoder_weights(decoder: CausalModel) -> DecoderWeights:
-    """The weights of a decoder as an engine takes them; experts that are separate modules are copied into one tensor."""
+    """The weights of a decoder as an engine takes them: its parameters themselves."""
     network, config = decoder.model, decoder.model.config
     rotary, head = network.rotary, network.head
     device = network.embedding.weight.device
