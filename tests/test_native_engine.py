@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from helpers import messages
 from small_models import MODELS, make
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from rxt_kernels.decode import NativeEngine, decode_engine
+from rxt_kernels.decode import DecoderLayerWeights, ExpertWeights, FeedForwardWeights, NativeEngine, decode_engine
 from rxt_model.demo_model import load_demo_model
 from rxt_model.interaction.decoding import padded
 from rxt_model.interaction.engine import choose_engine, decoder_weights
@@ -82,7 +84,7 @@ def test_bits_depend_neither_on_threads_nor_on_other_rows(precision: str) -> Non
     prompts = messages([5, 9, 2])
     found = []
     before = torch.get_num_threads()
-    for threads in (1, 2, 1):
+    for threads in (1, 2, 5):  # the last also where there are not as many cores
         torch.set_num_threads(threads)
         engine = NativeEngine(decoder_weights(model.decoder), 3, precision=precision)
         engine.set_memory(_memory(model, 1))
@@ -94,6 +96,63 @@ def test_bits_depend_neither_on_threads_nor_on_other_rows(precision: str) -> Non
     alone.set_memory(_memory(model, 1))
     single = torch.stack(_answer(alone, prompts[1:2], [[12], [15]]))
     torch.testing.assert_close(single[:, 0], found[0][:, 1], rtol=1e-4, atol=1e-4)
+
+
+def _as_bytes(value: Any) -> Any:
+    """Matrices rounded as int8 weights are."""
+    if not isinstance(value, Tensor) or value.dim() != 2:
+        return value
+    scales = value.abs().amax(dim=1, keepdim=True) / 127
+    return (value / scales).round() * scales
+
+
+def test_sums_of_bytes_over_many_inputs() -> None:
+    """More inputs than the sum of integers holds, and an odd number of them."""
+    weights = decoder_weights(make("dense").decoder)
+    random = torch.Generator().manual_seed(4)
+    width, hidden = weights.embedding.shape[1], 1101
+
+    def wide(layer: DecoderLayerWeights) -> DecoderLayerWeights:
+        network = layer.feed_forward
+        assert isinstance(network, FeedForwardWeights)
+        network = network._replace(
+            first=torch.randn(hidden, width, generator=random) / width**0.5,
+            first_bias=torch.randn(hidden, generator=random),
+            second=torch.randn(width, hidden, generator=random) / hidden**0.5,
+        )
+        return layer._replace(feed_forward=network)
+
+    weights = weights._replace(layers=tuple(wide(layer) for layer in weights.layers))
+    rounded = tree_map(_as_bytes, weights)._replace(embedding=weights.embedding)
+    found = []
+    for one, precision in ((weights, "int8"), (rounded, "float32")):
+        engine = NativeEngine(one, 1, precision=precision)
+        engine.set_memory(_memory(make("dense"), 1))
+        found.append(torch.cat(_answer(engine, messages([5]), [[11], [12]])))
+    error = (found[0] - found[1]).abs().max()  # keys and values are bfloat16 beside bytes
+    assert error <= 1e-2 * found[1].abs().max()
+
+
+def test_what_is_not_finite_stays_so_beside_bytes() -> None:
+    model = make("beta")
+    weights = decoder_weights(model.decoder)
+    embedding = weights.embedding.detach().clone()
+    embedding[12, 3] = float("nan")
+    engine = NativeEngine(weights._replace(embedding=embedding), 2, precision="int8")
+    engine.set_memory(_memory(model, 1))
+    logits = _answer(engine, messages([3, 3]), [[12, 13]])[-1]
+    assert logits[0].isnan().all()
+    assert logits[1].isfinite().all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_the_parameters_themselves(name: str) -> None:
+    decoder = make(name).decoder
+    own = {parameter.data_ptr() for parameter in decoder.parameters()}
+    for layer in decoder_weights(decoder).layers:
+        network = layer.feed_forward
+        for side in network[1:3] if isinstance(network, ExpertWeights) else (network.first, network.second):
+            assert all(one.data_ptr() in own for one in ([side] if isinstance(side, Tensor) else side))
 
 
 def test_nothing_is_allocated_from_token_to_token() -> None:

@@ -1,11 +1,16 @@
-// Self-attention over the cache and the memory read (specification 2.4, 2.5): scores and sums are products with packed panels,
-// exactly as those of weights.
+// Self-attention over the cache and the memory read (specification 2.4, 2.5). Keys and values stand in panels, as weights do; a few rows
+// of queries go through scores, weights and sums together while their scores are in the nearest cache.
 #pragma once
 
 #include "decode/key_value.h"
 #include "decode/rotation.h"
 
 namespace rxt::RXT_INSTRUCTION_SET {
+
+template <int number>
+struct Count {
+    static constexpr int value = number;
+};
 
 // Queries, keys and values of one projection where they belong: queries rotated and scaled in scratch, keys rotated and values in the
 // cache, gates in scratch. With `cache` null there are no keys and values: the memory has its own.
@@ -47,71 +52,164 @@ inline void place_heads(const Step& step, const Attention& attention, const KeyV
     }
 }
 
+// Rows of queries that meet a head's keys and values together, and chains of partial sums over the tokens: with one, the multipliers
+// would wait for each other. Both are constants, so that a row's bits do not depend on what else is computed.
+#if RXT_SET_NUMBER(RXT_INSTRUCTION_SET) == RXT_SET_portable || RXT_SET_NUMBER(RXT_INSTRUCTION_SET) == RXT_SET_avx2
+constexpr int attention_rows = 3, attention_chains = 2;
+#else
+constexpr int attention_rows = 6, attention_chains = 4;
+#endif
+static_assert(attention_rows <= most_attention_rows, "there is room for their scores");
+
+// Scores of some rows and all tokens of `panels` panels of keys.
+template <int rows, class Stored>
+inline void score_tokens(const float* const* queries, const HeadOfCache<Stored>& cached, int64_t dim, int64_t panels,
+                         float* const* scores) {
+    constexpr int beside = detail::panels_beside(rows), width = inputs_per_step<Stored>;
+    const auto tile = [&](int64_t panel, auto count) __attribute__((always_inline)) {
+        constexpr int own = decltype(count)::value;
+        Float sum[rows][own][vectors_per_panel];
+        for (int r = 0; r < rows; ++r)
+            for (int p = 0; p < own; ++p)
+                for (int v = 0; v < vectors_per_panel; ++v) sum[r][p][v] = zero();
+        const Stored* keys = cached.keys + panel * cached.key_panel;
+        for (int64_t d = 0; d < dim; d += width)
+            for (int p = 0; p < own; ++p) {
+                Float key[width][vectors_per_panel];
+                load_step(keys + p * cached.key_panel + d * panel_width, key);
+                for (int i = 0; i < width; ++i) {
+                    if (d + i >= dim) break;
+                    for (int r = 0; r < rows; ++r)
+                        for (int v = 0; v < vectors_per_panel; ++v)
+                            sum[r][p][v] = multiply_add(broadcast(queries[r][d + i]), key[i][v], sum[r][p][v]);
+                }
+            }
+        for (int r = 0; r < rows; ++r)
+            for (int p = 0; p < own; ++p)
+                for (int v = 0; v < vectors_per_panel; ++v)
+                    store(scores[r] + (panel + p) * panel_width + v * Float::lanes, sum[r][p][v]);
+    };
+    int64_t panel = 0;
+    for (; panel + beside <= panels; panel += beside) tile(panel, Count<beside>());
+    for (; panel < panels; ++panel) tile(panel, Count<1>());
+}
+
+// The first `own` scores become weights, the others up to `count` zeros; returns 1 / the sum of the weights.
+inline float weigh_tokens(float* scores, int64_t own, int64_t count) {
+    const int64_t whole = own / Float::lanes * Float::lanes;
+    Float top = broadcast(scores[0]);
+    for (int64_t i = 0; i < whole; i += Float::lanes) top = maximum(top, load(scores + i));
+    float highest = largest(top);
+    for (int64_t i = whole; i < own; ++i) highest = scores[i] > highest ? scores[i] : highest;
+    const Float shift = broadcast(highest);
+    Float total = zero();
+    for (int64_t i = 0; i < whole; i += Float::lanes) {
+        const Float weight = exp2_to_one(load(scores + i) - shift);
+        store(scores + i, weight);
+        total = total + weight;
+    }
+    if (whole < own) {
+        const int rest = static_cast<int>(own - whole);
+        store_part(scores + whole, exp2_to_one(load_part(scores + whole, rest) - shift), rest);
+        total = total + load_part(scores + whole, rest);
+    }
+    for (int64_t i = own; i < count; ++i) scores[i] = 0.0f;
+    return 1.0f / sum(total);
+}
+
+// Sums of one panel of values over `tokens` tokens, weighted, for some rows: out[row] is panel_width values.
+template <int rows, class Stored>
+inline void mix_values(const float* const* weights, const Stored* values, int64_t tokens, float (*out)[panel_width]) {
+    constexpr int width = inputs_per_step<Stored>, step = attention_chains > width ? attention_chains : width;
+    Float sum[attention_chains][rows][vectors_per_panel];
+    for (int c = 0; c < attention_chains; ++c)
+        for (int r = 0; r < rows; ++r)
+            for (int v = 0; v < vectors_per_panel; ++v) sum[c][r][v] = zero();
+    const auto add = [&](int64_t t, int64_t present) __attribute__((always_inline)) {
+        for (int first = 0; first < step; first += width) {
+            if (first >= present) break;
+            Float value[width][vectors_per_panel];
+            load_step(values + (t + first) * panel_width, value);
+            for (int i = 0; i < width; ++i) {
+                if (first + i >= present) break;
+                for (int r = 0; r < rows; ++r)
+                    for (int v = 0; v < vectors_per_panel; ++v) {
+                        Float& own = sum[(first + i) % attention_chains][r][v];
+                        own = multiply_add(broadcast(weights[r][t + first + i]), value[i][v], own);
+                    }
+            }
+        }
+    };
+    int64_t t = 0;
+    for (; t + step <= tokens; t += step) add(t, step);
+    if (t < tokens) add(t, tokens - t);
+    for (int r = 0; r < rows; ++r)
+        for (int v = 0; v < vectors_per_panel; ++v) {
+            Float total = sum[0][r][v];
+            for (int c = 1; c < attention_chains; ++c) total = total + sum[c][r][v];
+            store(out[r] + v * Float::lanes, total);
+        }
+}
+
+// Rows [row, row + rows) of the task: a row is a token and one of the queries that share a key.
+template <int rows, class Stored, class Seen>
+__attribute__((noinline)) void attend_rows(const Step& step, const Attention& attention, const HeadOfCache<Stored>& cached,
+                                           int64_t head, int64_t first, int64_t row, Seen seen, float* scores) {
+    const Workspace& work = step.work;
+    const int64_t dim = attention.head_dim, group = attention.queries_per_key();
+    const int64_t most = seen(first + (row + rows - 1) / group), panels = panel_count(most), padded = panels * panel_width;
+    const float* queries[rows];
+    float* weights[rows];
+    for (int r = 0; r < rows; ++r) {
+        const int64_t t = first + (row + r) / group;
+        queries[r] = work.queries + t * work.attention_width + attention.query_head(head, (row + r) % group) * dim;
+        weights[r] = scores + r * padded;
+    }
+    score_tokens<rows>(queries, cached, dim, panels, weights);
+    float inverse[rows];
+    for (int r = 0; r < rows; ++r) inverse[r] = weigh_tokens(weights[r], seen(first + (row + r) / group), most);
+    for (int64_t panel = 0; panel < panel_count(dim); ++panel) {
+        const int64_t from = panel * panel_width, width = dim - from < panel_width ? dim - from : panel_width;
+        alignas(64) float mixed[rows][panel_width];
+        mix_values<rows>(weights, cached.values + panel * cached.value_panel, most, mixed);
+        for (int r = 0; r < rows; ++r) {
+            const int64_t t = first + (row + r) / group;
+            const int64_t place = t * work.attention_width + (head * group + (row + r) % group) * dim + from;
+            for (int64_t i = 0; i < width; i += Float::lanes) {
+                Float result = load(mixed[r] + i) * broadcast(inverse[r]);
+                if (attention.gated)
+                    result = result * activated(step.model->gate_activation, load_up_to(work.gates + place + i, width - i));
+                store_up_to(work.heads + place + i, result, width - i);
+            }
+        }
+    }
+}
+
+// Chooses the template for a number of rows that is known at run time.
+template <int rows, class Stored, class Seen>
+inline void attend_up_to(int64_t count, const Step& step, const Attention& attention, const HeadOfCache<Stored>& cached,
+                         int64_t head, int64_t first, int64_t row, Seen seen, float* scores) {
+    if constexpr (rows > 1) {
+        if (count < rows)
+            return attend_up_to<rows - 1>(count, step, attention, cached, head, first, row, seen, scores);
+    }
+    attend_rows<rows>(step, attention, cached, head, first, row, seen, scores);
+}
+
 // Tokens [first, first + count) against one key/value head. seen(t) is how many of its keys token t sees: rising with t.
 template <class Stored, class Seen>
 inline void attend(const Step& step, const Attention& attention, const HeadOfCache<Stored>& cached, int64_t head, int64_t first,
                    int64_t count, Seen seen, float* scores) {
-    const Workspace& work = step.work;
-    const int64_t dim = attention.head_dim, group = attention.queries_per_key(), rows = count * group;
-    const int64_t most = seen(first + count - 1), padded = panel_count(most) * panel_width;
-    const Panels<Stored> keys{cached.keys, nullptr, most, dim};
-    const auto query = [&](int64_t row) {
-        return work.queries + (first + row / group) * work.attention_width + attention.query_head(head, row % group) * dim;
-    };
-    stream(rows, query, keys, 0, keys.count(), [&](const Sums& sums) {
-        for (int r = 0; r < sums.rows; ++r) {
-            float* target = scores + (sums.first_row + r) * padded + sums.first_output();
-            for (int i = 0; i < sums.panels * panel_width; i += Float::lanes) store(target + i, load(sums.row(r) + i));
-        }
-    });
-    float* inverse = scores + rows * padded;  // 1 / the sum of a row's weights
-    for (int64_t row = 0; row < rows; ++row) {
-        float* weights = scores + row * padded;
-        const int64_t own = seen(first + row / group);
-        const int64_t whole = own / Float::lanes * Float::lanes;
-        const int rest = static_cast<int>(own - whole);
-        for (int64_t i = own; i < padded; ++i) weights[i] = -__builtin_inff();  // 2^-inf = 0: as if they were not there
-        Float top = broadcast(weights[0]);
-        for (int64_t i = 0; i < whole; i += Float::lanes) top = maximum(top, load(weights + i));
-        float highest = largest(top);
-        for (int64_t i = whole; i < own; ++i) highest = weights[i] > highest ? weights[i] : highest;
-        Float total = zero();
-        const int64_t end = rest > 0 ? whole + Float::lanes : whole;
-        for (int64_t i = 0; i < end; i += Float::lanes) {
-            const Float weight = exp2(load(weights + i) - broadcast(highest));
-            store(weights + i, weight);
-            total = total + weight;
-        }
-        for (int64_t i = end; i < padded; ++i) weights[i] = 0.0f;
-        inverse[row] = 1.0f / sum(total);
-    }
-    for (int64_t panel = 0; panel < panel_count(dim); ++panel) {
-        const int64_t from = panel * panel_width, width = dim - from < panel_width ? dim - from : panel_width;
-        const Panels<Stored> values{cached.values + panel * cached.value_panel, nullptr, width, most};
-        stream(rows, [&](int64_t row) { return scores + row * padded; }, values, 0, 1, [&](const Sums& sums) {
-            for (int r = 0; r < sums.rows; ++r) {
-                const int64_t row = sums.first_row + r, t = first + row / group;
-                const int64_t place = t * work.attention_width + (head * group + row % group) * dim + from;
-                const Float scale = broadcast(inverse[row]);
-                for (int64_t i = 0; i < width; i += Float::lanes) {
-                    Float mixed = load(sums.row(r) + i) * scale;
-                    if (attention.gated)
-                        mixed = mixed * activated(step.model->gate_activation, load_up_to(work.gates + place + i, width - i));
-                    store_up_to(work.heads + place + i, mixed, width - i);
-                }
-            }
-        });
-    }
+    const int64_t rows = count * attention.queries_per_key();
+    for (int64_t row = 0; row < rows; row += attention_rows)
+        attend_up_to<attention_rows>(rows - row, step, attention, cached, head, first, row, seen, scores);
 }
 
-// Tokens of one task: as many as their scores have room for, and no more than keep all threads busy.
-inline int64_t tokens_of_task(const Step& step, const Attention& attention, int64_t tokens, int64_t keys, int64_t segments) {
-    const int64_t group = attention.queries_per_key(), padded = panel_count(keys) * panel_width;
-    const int64_t room = step.work.score_size / (group * (padded + 1));
+// Tokens of one task: no more than keep all threads busy.
+inline int64_t tokens_of_task(const Step& step, const Attention& attention, int64_t tokens, int64_t segments) {
     const int64_t wanted = (step.threads + segments * attention.key_value_heads - 1) / (segments * attention.key_value_heads);
     const int64_t even = (tokens + wanted - 1) / wanted;
-    const int64_t most = even < room ? even : room;
-    return most < 1 ? 1 : most;
+    return even < 1 ? 1 : even;
 }
 
 // Tasks are dealt out by turns, since those of later tokens are longer.
@@ -121,8 +219,7 @@ inline void attend_to_cache(const Step& step, const Team& team, const Attention&
     int64_t task = 0;
     for (int64_t s = 0; s < step.segment_count; ++s) {
         const int64_t first = step.segments[s], last = step.segments[s + 1], row = step.rows[first];
-        const int64_t block =
-            tokens_of_task(step, attention, last - first, step.positions[last - 1] + 1, step.segment_count);
+        const int64_t block = tokens_of_task(step, attention, last - first, step.segment_count);
         for (int64_t t = first; t < last; t += block)
             for (int64_t head = 0; head < cache.heads; ++head)
                 if (task++ % team.threads == team.thread)
@@ -139,7 +236,7 @@ inline void attend_to_memory(const Step& step, const Team& team, const Attention
     int64_t task = 0;
     for (int64_t s = 0; s < segments; ++s) {
         const int64_t first = shared ? 0 : step.segments[s], last = shared ? step.count : step.segments[s + 1];
-        const int64_t block = tokens_of_task(step, attention, last - first, step.slots, segments);
+        const int64_t block = tokens_of_task(step, attention, last - first, segments);
         for (int64_t t = first; t < last; t += block)
             for (int64_t head = 0; head < memory.heads; ++head)
                 if (task++ % team.threads == team.thread)
@@ -154,9 +251,12 @@ inline void attention_stage(const Step& step, const Team& team, const Attention&
                             const KeyValue* memory) {
     const int64_t width = step.model->width;
     const float* normed = normed_rows(step, team, attention.norm);
-    project(attention.input, team.share(attention.input.panels()), step.count,
-            [&](int64_t t) { return normed + t * width; },
-            [&](const Sums& sums) { place_heads<Stored>(step, attention, cache, sums); });
+    const Rows rows = rows_for(attention.input, step.work, team, normed, width, step.count);
+    // By turns, since keys and values, which stand behind the queries, have a longer way to their places.
+    const int64_t panels = attention.input.panels();
+    for (int64_t first = team.thread * stream_panels; first < panels; first += team.threads * stream_panels)
+        project(attention.input, {first, panels - first < stream_panels ? panels : first + stream_panels}, step.count, rows,
+                in_order, [&](const Sums& sums) { place_heads<Stored>(step, attention, cache, sums); });
     team.wait();
     if (cache != nullptr) {
         attend_to_cache<Stored>(step, team, attention, *cache);

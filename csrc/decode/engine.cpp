@@ -3,6 +3,10 @@
 #include <cstdlib>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace py = pybind11;
 
 namespace rxt {
@@ -23,19 +27,36 @@ ActivationKind activation_of(const std::string& name) {
 }
 
 constexpr int64_t tokens_at_once = 256;  // of a long message: its scratch stays small
-constexpr int64_t scores_wanted = 1 << 16;
 
 }  // namespace
 
 void Buffers::Free::operator()(void* memory) const { std::free(memory); }
 
+// What is read together stands together: at every token, memory is looked up by its pages, and there are few large ones.
 void* Buffers::make(int64_t bytes) {
-    constexpr int64_t line = 64;
-    void* memory = std::aligned_alloc(line, at_least((bytes + line - 1) / line * line, line));
-    if (memory == nullptr) throw std::bad_alloc();
-    owned_.emplace_back(memory);
+    constexpr int64_t line = 64, page = 2 << 20, block = 2 * page;
+    const int64_t size = at_least((bytes + line - 1) / line * line, line);
+    if (size > left_) {
+        left_ = at_least((size + page - 1) / page * page, block);
+        void* memory = std::aligned_alloc(page, left_);
+        if (memory == nullptr) throw std::bad_alloc();
+        blocks_.emplace_back(memory);
+        free_ = static_cast<char*>(memory);
+#if defined(__linux__)
+        madvise(memory, left_, MADV_HUGEPAGE);
+#endif
+    }
+    void* own = free_;
+    free_ += size;
+    left_ -= size;
     ++count_;
-    return memory;
+    return own;
+}
+
+void Buffers::clear() {
+    blocks_.clear();
+    free_ = nullptr;
+    left_ = 0;
 }
 
 const Tensor& Engine::keep(const py::handle& object, const char* name) {
@@ -65,6 +86,7 @@ PackedMatrix Engine::matrix(const py::handle& object, const char* name, int64_t 
     data.expect_shape({packed_elements(data.dtype(), result.outputs, result.inputs)});
     result.dtype = data.dtype();
     result.data = data.data();
+    if (result.dtype == DType::int8) work_.rounded_width = at_least(work_.rounded_width, whole_panels(inputs));
     result.scales = floats(parts[1], "scales", whole_panels(result.outputs));
     if ((result.scales != nullptr) != (result.dtype == DType::int8)) {
         throw py::value_error(std::string(name) + " has scales where it is int8, and only there.");
@@ -255,15 +277,13 @@ void Engine::reserve_tokens(int64_t needed) {
 }
 
 void Engine::reserve_scratch(int64_t tokens, int64_t keys, int threads) {
-    int64_t experts = 1, routing = 0, few_routing = 0, group = 1;
+    int64_t experts = 1, routing = 0, few_routing = 0;
     for (const Layer& layer : layers_) {
         experts = at_least(experts, layer.feed_forward.experts_per_token());
         routing = at_least(routing, routing_elements(tokens, layer.feed_forward));
         few_routing = at_least(few_routing, routing_elements(few_tokens, layer.feed_forward));
-        group = at_least(group, layer.attention.queries_per_key());
-        if (layer.reads_memory) group = at_least(group, layer.memory.attention.queries_per_key());
     }
-    const int64_t scores = at_least(scores_wanted, group * (whole_panels(keys) + 1));
+    const int64_t scores = most_attention_rows * whole_panels(keys);
     if (tokens <= work_.tokens && threads <= work_.threads && scores <= work_.score_size) return;
     tokens = at_least(tokens, work_.tokens);
     threads = static_cast<int>(at_least(threads, work_.threads));
@@ -288,6 +308,12 @@ void Engine::reserve_scratch(int64_t tokens, int64_t keys, int threads) {
     const int64_t own = at_least(few_tokens * width + few_routing, memory_block * width);
     work_.thread_size = whole_panels(at_least(work_.score_size, own));
     work_.thread = floats(threads * work_.thread_size);
+    if (work_.rounded_width > 0) {
+        work_.rounded_rows = at_least(at_least(tokens * experts, rows_), memory_block);
+        const int64_t count = threads * work_.rounded_rows;
+        work_.rounded = static_cast<int16_t*>(scratch_.make(count * work_.rounded_width * int64_t{sizeof(int16_t)}));
+        work_.rounded_scales = floats(count);
+    }
 }
 
 void Engine::set_memory(const py::object& memory, int threads) {

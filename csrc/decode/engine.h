@@ -11,19 +11,20 @@
 
 namespace rxt {
 
-// Memory on lines of the cache; counts how often it was asked for.
+// Memory on lines of the cache, in large pages where the system has them; counts how often it was asked for.
 class Buffers {
 public:
     void* make(int64_t bytes);
     int64_t count() const { return count_; }
-    void clear() { owned_.clear(); }
+    void clear();
 
 private:
     struct Free {
         void operator()(void* memory) const;
     };
-    std::vector<std::unique_ptr<void, Free>> owned_;
-    int64_t count_ = 0;
+    std::vector<std::unique_ptr<void, Free>> blocks_;
+    char* free_ = nullptr;
+    int64_t left_ = 0, count_ = 0;
 };
 
 class Engine {

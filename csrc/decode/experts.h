@@ -139,13 +139,12 @@ inline void router_logits(const Step& step, const Team& team, const FeedForward&
             }
         };
     };
-    const auto row = [&](int64_t t) { return normed + t * width; };
-    if (network.routed > 0)
-        project(network.router, team.share(network.router.panels()), step.count, row,
-                write(0, network.router.outputs));
-    if (network.shared > 1)
-        project(network.shared_gate, team.share(network.shared_gate.panels()), step.count, row,
-                write(gate_at, network.shared_gate.outputs));
+    const auto product = [&](const PackedMatrix& matrix, int64_t at) {
+        const Rows rows = rows_for(matrix, work, team, normed, width, step.count);
+        project(matrix, team.share(matrix.panels()), step.count, rows, in_order, write(at, matrix.outputs));
+    };
+    if (network.routed > 0) product(network.router, 0);
+    if (network.shared > 1) product(network.shared_gate, gate_at);
 }
 
 inline void route(const Step& step, const FeedForward& network, const Routing& routing, Range tokens) {
@@ -166,6 +165,7 @@ inline void first_halves(const Step& step, const Team& team, const FeedForward& 
                          const float* normed) {
     const Workspace& work = step.work;
     const int64_t width = step.model->width, panels_per_unit = network.gated ? 2 : 1;
+    const Rows rows = rows_for(network.experts[0].first, work, team, normed, width, step.count);
     constexpr int64_t cost_of_reading = 12;
     const auto cost = [&](int32_t a) { return cost_of_reading + routing.start[a + 1] - routing.start[a]; };
     const auto units = [&](int32_t a) { return panel_count(network.experts[routing.active[a]].width); };
@@ -182,8 +182,8 @@ inline void first_halves(const Step& step, const Team& team, const FeedForward& 
         if (panels.first == panels.last) continue;
         const int32_t start = routing.start[a];
         project(
-            network.experts[routing.active[a]].first, panels, routing.start[a + 1] - start,
-            [&](int64_t row) { return normed + routing.token[start + row] * width; },
+            network.experts[routing.active[a]].first, panels, routing.start[a + 1] - start, rows,
+            [&](int64_t row) { return routing.token[start + row]; },
             [&](const Sums& sums) {
                 for (int r = 0; r < sums.rows; ++r) {
                     float* hidden = work.hidden + (start + sums.first_row + r) * work.hidden_width +
@@ -207,6 +207,7 @@ inline void second_halves(const Step& step, const Team& team, const FeedForward&
     const Workspace& work = step.work;
     const int64_t width = step.model->width;
     const Range panels = team.share(panel_count(width));
+    const Rows rows = rows_at(work, team, work.hidden, work.hidden_width);
     if (network.output_bias != nullptr) {
         const int64_t first = panels.first * panel_width, end = panels.last * panel_width;
         for (int64_t t = 0; t < step.count; ++t)
@@ -214,9 +215,10 @@ inline void second_halves(const Step& step, const Team& team, const FeedForward&
     }
     for (int32_t a = 0; a < *routing.active_count; ++a) {
         const int32_t start = routing.start[a];
+        round_for(network.experts[routing.active[a]].second, rows, start, routing.start[a + 1]);
         project(
-            network.experts[routing.active[a]].second, panels, routing.start[a + 1] - start,
-            [&](int64_t row) { return work.hidden + (start + row) * work.hidden_width; },
+            network.experts[routing.active[a]].second, panels, routing.start[a + 1] - start, rows,
+            [&](int64_t row) { return start + row; },
             [&](const Sums& sums) {
                 add_to_rows(sums, width, [&](int64_t row) { return work.x + routing.token[start + row] * width; },
                             [&](int64_t row) { return routing.weight[start + row]; });

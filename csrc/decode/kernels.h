@@ -42,6 +42,9 @@ struct Workspace {
     float* thread = nullptr;  // (threads, thread_size)
     int64_t thread_size = 0;
     int64_t score_size = 0;  // of thread_size, for the scores of attention
+    int16_t* rounded = nullptr;  // (threads, rounded_rows, rounded_width): rows that meet weights of 8 bits; else null
+    float* rounded_scales = nullptr;  // (threads, rounded_rows)
+    int64_t rounded_rows = 0, rounded_width = 0;
 };
 
 // Tokens of one row stand together, in rising position; rows rise as well.
@@ -82,6 +85,9 @@ struct StoreMemory {
 
 // Rows of a memory that one task of store_memory takes; its thread has room for them.
 constexpr int64_t memory_block = 48;
+
+// Rows of scores that attention holds at once, at most.
+constexpr int64_t most_attention_rows = 6;
 
 // Up to so many tokens every thread computes small things (norms, routing) for itself rather than waiting for another to do it.
 constexpr int64_t few_tokens = 8;

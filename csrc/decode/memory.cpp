@@ -7,8 +7,9 @@ namespace {
 
 // Slots [first, first + count) of a row of a layer's memory: normed, projected, and put where keys and values belong.
 template <class Stored>
-void store_slots(const StoreMemory& a, const MemoryRead& read, const KeyValue& target, int64_t row, int64_t first,
-                 int64_t count, float* scratch) {
+void store_slots(const StoreMemory& a, const Team& team, const MemoryRead& read, const KeyValue& target, int64_t row,
+                 int64_t first, int64_t count) {
+    float* scratch = a.work.thread + team.thread * a.work.thread_size;
     const int64_t width = a.model->width, dim = read.attention.head_dim;
     const int64_t keys = read.attention.key_value_heads * dim;
     const int64_t offset = read.layer * a.layer_stride + row * a.row_stride;
@@ -20,7 +21,7 @@ void store_slots(const StoreMemory& a, const MemoryRead& read, const KeyValue& t
             norm_row(read.slots_norm, static_cast<const BFloat16*>(a.source) + place, width, scratch + s * width);
         }
     }
-    project(read.slots, {0, read.slots.panels()}, count, [&](int64_t s) { return scratch + s * width; },
+    project(read.slots, {0, read.slots.panels()}, count, rows_for(read.slots, a.work, team, scratch, width, count), in_order,
             [&](const Sums& sums) {
                 for (int r = 0; r < sums.rows; ++r)
                     for (int64_t i = 0; i < sums.panels * panel_width; ++i) {
@@ -41,7 +42,6 @@ void store_slots(const StoreMemory& a, const MemoryRead& read, const KeyValue& t
 
 void store_memory(const StoreMemory& a) {
     in_team(a.threads, [&](const Team& team) {
-        float* scratch = a.work.thread + team.thread * a.work.thread_size;
         const int64_t blocks = (a.slots + memory_block - 1) / memory_block;
         int64_t task = 0, reads = 0;
         for (int64_t l = 0; l < a.model->layer_count; ++l) {
@@ -54,9 +54,9 @@ void store_memory(const StoreMemory& a) {
                     const int64_t first = block * memory_block;
                     const int64_t count = a.slots - first < memory_block ? a.slots - first : memory_block;
                     if (a.stored == DType::float32) {
-                        store_slots<float>(a, layer.memory, target, row, first, count, scratch);
+                        store_slots<float>(a, team, layer.memory, target, row, first, count);
                     } else {
-                        store_slots<BFloat16>(a, layer.memory, target, row, first, count, scratch);
+                        store_slots<BFloat16>(a, team, layer.memory, target, row, first, count);
                     }
                 }
         }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "decode/norms.h"
-#include "matmul/stream.h"
+#include "matmul/bytes.h"
 
 namespace rxt::RXT_INSTRUCTION_SET {
 
@@ -18,17 +18,52 @@ inline void add_bias(const PackedMatrix& matrix, const Sums& sums) {
             store(sums.row(r) + i, load(sums.row(r) + i) + load(matrix.bias + sums.first_output() + i));
 }
 
-// epilogue(const Sums&) for all tiles of rows times the panels of a range, the bias being added.
-template <class RowAddress, class Epilogue>
-inline void project(const PackedMatrix& matrix, Range panels, int64_t rows, RowAddress row, Epilogue epilogue) {
+// Rows of activations, and the same rounded, which weights of 8 bits are multiplied with.
+struct Rows {
+    const float* values;
+    int64_t stride;
+    RoundedRows rounded;
+};
+
+inline Rows rows_at(const Workspace& work, const Team& team, const float* values, int64_t stride) {
+    const int64_t first = team.thread * work.rounded_rows;
+    return {values, stride,
+            {work.rounded + first * work.rounded_width, work.rounded_scales + first, work.rounded_width}};
+}
+
+// Rounds rows [first, last), if products with this matrix need that.
+inline void round_for(const PackedMatrix& matrix, const Rows& rows, int64_t first, int64_t last) {
+    if (matrix.dtype != DType::int8) return;
+    for (int64_t row = first; row < last; ++row)
+        round_row(rows.values + row * rows.stride, matrix.inputs, rows.rounded.values + row * rows.rounded.stride,
+                  rows.rounded.scales + row);
+}
+
+// The first `count` rows, for products with this matrix and those that have its type and inputs.
+inline Rows rows_for(const PackedMatrix& matrix, const Workspace& work, const Team& team, const float* values, int64_t stride,
+                     int64_t count) {
+    const Rows rows = rows_at(work, team, values, stride);
+    round_for(matrix, rows, 0, count);
+    return rows;
+}
+
+constexpr auto in_order = [](int64_t row) { return row; };
+
+// epilogue(const Sums&) for all tiles of `count` rows times the panels of a range, the bias being added. Row i is number place(i) of
+// `rows`.
+template <class Place, class Epilogue>
+inline void project(const PackedMatrix& matrix, Range panels, int64_t count, const Rows& rows, Place place, Epilogue epilogue) {
+    const auto row = [&](int64_t i) { return rows.values + place(i) * rows.stride; };
     const auto finish = [&](const Sums& sums) {
         add_bias(matrix, sums);
         epilogue(sums);
     };
-    switch (matrix.dtype) {
-        case DType::float32: return stream(rows, row, panels_of<float>(matrix), panels.first, panels.last, finish);
-        case DType::bfloat16: return stream(rows, row, panels_of<BFloat16>(matrix), panels.first, panels.last, finish);
-        default: return stream(rows, row, panels_of<int8_t>(matrix), panels.first, panels.last, finish);
+    if (matrix.dtype == DType::float32) {
+        stream(count, row, panels_of<float>(matrix), panels.first, panels.last, finish);
+    } else if (matrix.dtype == DType::bfloat16) {
+        stream(count, row, panels_of<BFloat16>(matrix), panels.first, panels.last, finish);
+    } else {
+        stream_bytes(count, rows.rounded, place, panels_of<int8_t>(matrix), panels.first, panels.last, finish);
     }
 }
 
@@ -50,7 +85,8 @@ inline void add_to_rows(const Sums& sums, int64_t width, Target target, Scale sc
 // The residual stream += heads @ output^T + bias.
 inline void add_output(const Step& step, const Team& team, const PackedMatrix& output) {
     const Workspace& work = step.work;
-    project(output, team.share(output.panels()), step.count, [&](int64_t t) { return work.heads + t * work.attention_width; },
+    const Rows heads = rows_for(output, work, team, work.heads, work.attention_width, step.count);
+    project(output, team.share(output.panels()), step.count, heads, in_order,
             [&](const Sums& sums) {
                 add_to_rows(sums, output.outputs, [&](int64_t t) { return work.x + t * step.model->width; },
                             [](int64_t) { return 1.0f; });

@@ -35,8 +35,8 @@ void vocabulary_head(const Step& step, const Team& team) {
         }
     }
     team.wait();
-    project(model.head, team.share(model.head.panels()), step.finished_segments,
-            [&](int64_t s) { return work.normed + s * model.width; }, [&](const Sums& sums) {
+    const Rows rows = rows_for(model.head, work, team, work.normed, model.width, step.finished_segments);
+    project(model.head, team.share(model.head.panels()), step.finished_segments, rows, in_order, [&](const Sums& sums) {
                 const int64_t first = sums.first_output(), left = model.vocabulary - first;
                 const int64_t count = left < sums.panels * panel_width ? left : sums.panels * panel_width;
                 for (int r = 0; r < sums.rows; ++r) {

@@ -47,9 +47,10 @@ void pack_bytes(const Pack& a, int64_t panel, int8_t* target) {
         }
         a.scales[first + j] = largest / 127.0f;
         const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-        for (int64_t k = 0; k < a.inputs; ++k) {
-            const float value = inside ? to_float(source[j * a.output_stride + k * a.input_stride]) * inverse : 0.0f;
-            target[k * panel_width + j] = static_cast<int8_t>(__builtin_rintf(value));
+        for (int64_t k = 0; k < (a.inputs + 1) / 2 * 2; ++k) {
+            const bool present = inside && k < a.inputs;
+            const float value = present ? to_float(source[j * a.output_stride + k * a.input_stride]) * inverse : 0.0f;
+            target[(k / 2 * panel_width + j) * 2 + k % 2] = static_cast<int8_t>(__builtin_rintf(value));
         }
     }
 }

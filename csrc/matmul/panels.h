@@ -3,10 +3,10 @@
 // Outputs stand in panels of 16; inside a panel the inputs follow each other:
 //
 //     float32    [panel][input][16]
-//     bfloat16   [panel][input / 2][16][2]    pairs of inputs, as the dot product of bfloat16 wants them; an odd last one has a zero
-//     int8       [panel][input][16]           with one scale per output: weight = scale * int8
+//     bfloat16   [panel][input / 2][16][2]    pairs of inputs, as instructions for dot products want them
+//     int8       [panel][input / 2][16][2]    with one scale per output: weight = scale * int8
 //
-// The last panel is filled with zeros. The layout does not depend on the instruction set.
+// An odd last input is paired with a zero, and the last panel is filled with zeros. The layout does not depend on the instruction set.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ static inline int64_t panel_count(int64_t outputs) { return (outputs + panel_wid
 
 // Elements of one panel.
 static inline int64_t panel_elements(DType dtype, int64_t inputs) {
-    return (dtype == DType::bfloat16 ? (inputs + 1) / 2 * 2 : inputs) * panel_width;
+    return (dtype == DType::float32 ? inputs : (inputs + 1) / 2 * 2) * panel_width;
 }
 
 static inline int64_t packed_elements(DType dtype, int64_t outputs, int64_t inputs) {
@@ -36,7 +36,7 @@ struct Panels {
     int64_t outputs, inputs;
 
     int64_t count() const { return panel_count(outputs); }
-    int64_t elements_of_one() const { return (sizeof(Weight) == 2 ? (inputs + 1) / 2 * 2 : inputs) * panel_width; }
+    int64_t elements_of_one() const { return (sizeof(Weight) == 4 ? inputs : (inputs + 1) / 2 * 2) * panel_width; }
     const Weight* panel(int64_t index) const { return data + index * elements_of_one(); }
 };
 

@@ -2,7 +2,7 @@
 //
 // Memory gives most when several lines of it are read at once, so a row is multiplied with a group of panels side by side. Every sum
 // runs over the inputs from first to last in one chain, whatever the number of rows and panels: the bits of a row do not depend on
-// what else is computed with it.
+// what else is computed with it. Weights of 8 bits have a product of their own (bytes.h).
 #pragma once
 
 #include "matmul/weights.h"
@@ -97,21 +97,15 @@ template <class Weight>
 __attribute__((noinline)) void stream_group(int rows, const float* const* a, const Panels<Weight>& weights, int64_t panel,
                                             int panels, float* out) {
     stream_rows_across<stream_rows>(rows, a, weights.panel(panel), weights.elements_of_one(), weights.inputs, panels, out);
-    if (weights.scales == nullptr) return;
-    for (int r = 0; r < rows; ++r)
-        for (int i = 0; i < panels * panel_width; i += Float::lanes) {
-            float* target = out + r * Sums::stride + i;
-            store(target, load(target) * load(weights.scales + panel * panel_width + i));
-        }
 }
 
 }  // namespace detail
 
-// Rows [0, rows), row(i) being the address of row i, times panels [first_panel, last_panel): epilogue(const Sums&) for every tile.
-// Groups of panels begin at first_panel; in a group all rows go by, in tiles of nearly equal height.
-template <class Weight, class RowAddress, class Epilogue>
-inline void stream(int64_t rows, RowAddress row, const Panels<Weight>& weights, int64_t first_panel, int64_t last_panel,
-                   Epilogue&& epilogue) {
+// Rows [0, rows) times panels [first_panel, last_panel), in groups of panels that begin at first_panel; in a group all rows go by, in
+// tiles of nearly equal height. group(first row, rows, first panel, panels, values) computes the sums of a tile, and epilogue(const
+// Sums&) takes them.
+template <class Group, class Epilogue>
+inline void stream_tiles(int64_t rows, int64_t first_panel, int64_t last_panel, Group&& group, Epilogue&& epilogue) {
     alignas(64) float values[stream_rows * Sums::stride];
     // Many rows: fewer panels at a time, which then stay in the nearest cache.
     const int most_panels = rows > 2 * stream_rows ? 2 : stream_panels;
@@ -121,12 +115,22 @@ inline void stream(int64_t rows, RowAddress row, const Panels<Weight>& weights, 
         for (int64_t tile = 0; tile < tiles; ++tile) {
             const int64_t first = rows * tile / tiles;
             const int count = static_cast<int>(rows * (tile + 1) / tiles - first);
-            const float* addresses[stream_rows];
-            for (int r = 0; r < count; ++r) addresses[r] = row(first + r);
-            detail::stream_group(count, addresses, weights, panel, panels, values);
+            group(first, count, panel, panels, values);
             epilogue(Sums{first, panel, count, panels, values});
         }
     }
+}
+
+// The same, row(i) being the address of row i.
+template <class Weight, class RowAddress, class Epilogue>
+inline void stream(int64_t rows, RowAddress row, const Panels<Weight>& weights, int64_t first_panel, int64_t last_panel,
+                   Epilogue&& epilogue) {
+    const auto group = [&](int64_t first, int count, int64_t panel, int panels, float* values) {
+        const float* addresses[stream_rows];
+        for (int r = 0; r < count; ++r) addresses[r] = row(first + r);
+        detail::stream_group(count, addresses, weights, panel, panels, values);
+    };
+    stream_tiles(rows, first_panel, last_panel, group, epilogue);
 }
 
 }  // namespace rxt::RXT_INSTRUCTION_SET

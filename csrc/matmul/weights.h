@@ -10,7 +10,7 @@ constexpr int vectors_per_panel = static_cast<int>(panel_width) / Float::lanes;
 
 // Inputs that are unpacked at once: two where a pair shares its memory.
 template <class Weight>
-constexpr int inputs_per_step = sizeof(Weight) == 2 ? 2 : 1;
+constexpr int inputs_per_step = sizeof(Weight) == 4 ? 1 : 2;
 
 // The weights of one step and all outputs of a panel. `at` points to panel_width * inputs_per_step elements.
 inline void load_step(const float* at, Float (*w)[vectors_per_panel]) {
@@ -21,7 +21,10 @@ inline void load_step(const float* at, Float (*w)[vectors_per_panel]) {
 
 inline void load_step(const int8_t* at, Float (*w)[vectors_per_panel]) {
     for (int v = 0; v < vectors_per_panel; ++v) {
-        for (int lane = 0; lane < Float::lanes; ++lane) w[0][v].value[lane] = at[v * Float::lanes + lane];
+        for (int lane = 0; lane < Float::lanes; ++lane) {
+            w[0][v].value[lane] = at[2 * (v * Float::lanes + lane)];
+            w[1][v].value[lane] = at[2 * (v * Float::lanes + lane) + 1];
+        }
     }
 }
 
@@ -38,8 +41,10 @@ inline void load_step(const BFloat16* at, Float (*w)[vectors_per_panel]) {
 
 inline void load_step(const int8_t* at, Float (*w)[vectors_per_panel]) {
     for (int v = 0; v < vectors_per_panel; ++v) {
-        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + v * Float::lanes));
-        w[0][v] = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 2 * v * Float::lanes));
+        const __m256i pairs = _mm256_cvtepi8_epi16(bytes);
+        w[0][v] = {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, 16), 16))};
+        w[1][v] = {_mm256_cvtepi32_ps(_mm256_srai_epi32(pairs, 16))};
     }
 }
 
@@ -55,8 +60,9 @@ inline void load_step(const BFloat16* at, Float (*w)[vectors_per_panel]) {
 #else
 
 inline void load_step(const int8_t* at, Float (*w)[vectors_per_panel]) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
-    w[0][0] = {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+    const __m512i pairs = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+    w[0][0] = {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 16))};
+    w[1][0] = {_mm512_cvtepi32_ps(_mm512_srai_epi32(pairs, 16))};
 }
 
 // A pair is one 32-bit word: the even input in its lower half, the odd one in its upper half, where a float32 has its own.

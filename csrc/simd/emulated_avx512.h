@@ -169,9 +169,19 @@ static inline __m512i cvtepu16_epi32(__m256i a) {
     const auto x = lanes<uint16_t>(a);
     return each_integer([&](int i) { return static_cast<int32_t>(x.at[i]); });
 }
-static inline __m512i cvtepi8_epi32(__m128i a) {
+static inline __m512i cvtepi8_epi16(__m256i a) {
     const auto x = lanes<int8_t>(a);
-    return each_integer([&](int i) { return static_cast<int32_t>(x.at[i]); });
+    Lanes<int16_t, 32> out;
+    for (int i = 0; i < 32; ++i) out.at[i] = x.at[i];
+    return join<__m512i>(out);
+}
+static inline __m512i madd_epi16(__m512i a, __m512i b) {
+    const auto x = lanes<int16_t>(a), y = lanes<int16_t>(b);
+    return each_integer([&](int i) { return x.at[2 * i] * y.at[2 * i] + x.at[2 * i + 1] * y.at[2 * i + 1]; });
+}
+static inline __m512i srai_epi32(__m512i a, int count) {
+    const auto x = lanes<int32_t>(a);
+    return each_integer([&](int i) { return x.at[i] >> count; });
 }
 static inline __m256i cvtepi32_epi16(__m512i a) {
     const auto x = lanes<uint32_t>(a);
@@ -236,7 +246,9 @@ static inline __m512 dpbf16_ps(__m512 c, Pairs a, Pairs b) {
 #define _mm512_and_si512(a, b) ::rxt::emulated::and_si512(a, b)
 #define _mm512_add_epi32(a, b) ::rxt::emulated::add_epi32(a, b)
 #define _mm512_cvtepu16_epi32(a) ::rxt::emulated::cvtepu16_epi32(a)
-#define _mm512_cvtepi8_epi32(a) ::rxt::emulated::cvtepi8_epi32(a)
+#define _mm512_cvtepi8_epi16(a) ::rxt::emulated::cvtepi8_epi16(a)
+#define _mm512_madd_epi16(a, b) ::rxt::emulated::madd_epi16(a, b)
+#define _mm512_srai_epi32(a, count) ::rxt::emulated::srai_epi32(a, count)
 #define _mm512_cvtepi32_epi16(a) ::rxt::emulated::cvtepi32_epi16(a)
 #define _mm512_cvtepi32_ps(a) ::rxt::emulated::cvtepi32_ps(a)
 #define _mm512_castps_si512(a) reinterpret_cast<__m512i>(a)

@@ -44,6 +44,21 @@ inline Float exp2(Float x) {
     return where_less(x, broadcast(-126.0f), zero(), where_less(broadcast(127.99999f), x, broadcast(__builtin_inff()), result));
 }
 
+// The same for x up to 0, where a result below 2^-126 may as well be 2^-126: weights of a softmax.
+inline Float exp2_to_one(Float x) {
+    const Float bounded = maximum(x, broadcast(-126.0f));
+    const Float n = round_nearest(bounded);
+    const Float fraction = bounded - n;
+    Float p = broadcast(1.5403530e-4f);
+    p = multiply_add(p, fraction, broadcast(1.3333558e-3f));
+    p = multiply_add(p, fraction, broadcast(9.6181291e-3f));
+    p = multiply_add(p, fraction, broadcast(5.5504109e-2f));
+    p = multiply_add(p, fraction, broadcast(2.4022651e-1f));
+    p = multiply_add(p, fraction, broadcast(6.9314718e-1f));
+    p = multiply_add(p, fraction, broadcast(1.0f));
+    return scale_by_power(p, n);
+}
+
 inline Float exp(Float x) {
     // Two steps: log2(e) rounded once would cost accuracy at large |x|.
     const Float high = x * broadcast(1.44269504f);
