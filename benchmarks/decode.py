@@ -19,6 +19,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rxt_model.interaction.sampling import most_likely
+
 from .contenders import (
     COMPILED,
     ELEMENT_BYTES,
@@ -81,7 +83,7 @@ class _Steps:
         seconds = []
         for token in self._rest[self._next : self._next + STEPS]:
             start = time.perf_counter()
-            self._decoder.step(token).argmax(dim=-1)
+            most_likely(self._decoder.step(token))
             seconds.append(time.perf_counter() - start)
         self._next += STEPS
         return seconds

@@ -116,7 +116,12 @@ def most_likely(logits: Tensor, choices: Tensor | None = None) -> Tensor:
     """
     if choices is not None:
         logits = logits[:, choices]
-    largest, token = logits.max(dim=-1)  # NaN counts as the largest
+    if logits.device.type == "cpu":  # torch compares one number at a time there, numpy a vector
+        token = torch.from_numpy(logits.detach().float().numpy().argmax(axis=-1))
+        largest = logits.gather(-1, token[:, None])
+    else:
+        largest, token = logits.max(dim=-1)
+    # To both, NaN is the largest.
     if not bool(torch.isfinite(largest).all()):
         raise ValueError(_NO_TOKEN)
     return token if choices is None else choices[token]
