@@ -423,7 +423,7 @@ def test_modules_that_weights_do_not_describe(change: Callable[[ReactiveTransfor
 
 def test_a_model_that_drops_activations_is_left_to_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("dense", DEVICE)
-    model.decoder.config = model.decoder.config.replace(att_dropout=0.5)
+    model.decoder.model.config = model.decoder.config.replace(att_dropout=0.5)
     monkeypatch.setitem(ENGINES, "cuda_graph", RecordedEngine)
     assert choose_engine(model.decoder).engine == "cuda_graph"
     model.train()
