@@ -12,15 +12,16 @@ from rxt_kernels.native_runtime import extension, is_plain_call, unsupported_ten
 
 def _rows(x: Tensor) -> Tensor:
     """x as rows of neighbouring values: a view where that is possible."""
-    rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+    rows = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def _forward(x: Tensor) -> Tensor:
-    rows, width = _rows(x), x.shape[-1] // 2
-    out = x.new_empty((*x.shape[:-1], width))
-    extension.swiglu_forward(rows, out.view(rows.shape[0], width))
-    return out
+    rows = _rows(x)
+    count, width = rows.shape
+    out = rows.new_empty((count, width // 2))
+    extension.swiglu_forward(rows, out)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], width // 2)
 
 
 @torch.library.custom_op("rxt_kernels::swiglu_native", mutates_args=())
