@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from rxt_model.training.facts import ATTRIBUTES, UNKNOWN_ANSWER, Wording, attrib
 from rxt_model.training.history import history_objective
 from rxt_model.training.loop import make_optimizer, train, training_batch
 from rxt_model.training.memory_aware import episode_loss, initial_memory, unroll_memory
-from rxt_model.training.playing import answer_queries, own_answers
 from rxt_model.training.recall import (
     RecallReport,
     measure_history_recall,
@@ -186,40 +184,13 @@ def test_batches_weigh_answers_only_and_mark_asked_values(tokenizer: Tokenizer) 
 def test_memory_may_hear_a_mistake_that_is_not_trained(writer: EpisodeWriter, tokenizer: Tokenizer) -> None:
     turns = writer.episode(random.Random(3), 4)
     plain = batch_episodes(tokenizer, [turns])
-    wrong = batch_episodes(tokenizer, [turns], heard={1: "Your name is Hugo."})
+    wrong = batch_episodes(tokenizer, [turns], mistakes={1: "Your name is Hugo."})
     assert torch.equal(plain.ids, wrong.ids)
     assert torch.equal(plain.heard_ids[0, : plain.heard_lengths[0]], plain.ids[0, : plain.lengths[0]])
     heard = tokenizer.decode(wrong.heard_ids[1, : wrong.heard_lengths[1]].tolist(), skip_special_tokens=True)
     assert heard.startswith(turns[1].query)
     assert heard.endswith("Your name is Hugo.")
     assert "{" not in " ".join(writer.mistake(random.Random(seed), turn) for seed in range(30) for turn in turns)
-
-
-def test_words_are_dropped_but_no_values(writer: EpisodeWriter) -> None:
-    rng = random.Random(8)
-    turns = [turn for _ in range(20) for turn in writer.episode(rng, 8)]
-    shorter = [writer.without_words(rng, turn, 0.4) for turn in turns]
-    assert sum(len(turn.query.split()) for turn in shorter) < 0.8 * sum(len(turn.query.split()) for turn in turns)
-    for turn, short in zip(turns, shorter, strict=True):
-        assert short.query
-        assert replace(short, query=turn.query) == turn
-        if turn.kind in ("tell", "update"):
-            assert all(value.lower() in short.query.lower() for _, value in turn.facts)
-    assert all(writer.without_words(rng, turn, 0.0) == turn for turn in turns)
-
-
-def test_a_value_that_replaced_another_may_weigh_more(tokenizer: Tokenizer) -> None:
-    question = Turn("What is my name?", "Your name is Anna.", "ask", (("name", "Anna"),), distance=1, replaced=True)
-    plain, heavy = (batch_episodes(tokenizer, [[question]], replaced_weight=weight) for weight in (1.0, 2.0))
-    on_value = plain.is_value
-    assert torch.equal(heavy.weights[on_value], 2.0 * plain.weights[on_value])
-    assert torch.equal(heavy.weights[~on_value], plain.weights[~on_value])
-
-
-def test_a_changed_fact_is_asked_for_as_replaced(writer: EpisodeWriter) -> None:
-    rng = random.Random(12)
-    assert writer.recall_episode(rng, 2, changed=True)[-1].replaced
-    assert not writer.recall_episode(rng, 2)[-1].replaced
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -291,51 +262,9 @@ class _KilledError(Exception):
     pass
 
 
-def test_memory_may_hear_what_the_model_itself_answers(writer: EpisodeWriter, tokenizer: Tokenizer) -> None:
-    model = demo_model(tokenizer, TINY, seed=0).train()
-    model.reset_stm(seed=3)
-    memory = model.stm.memory.clone()
-    settings = replace(SHORT, stages=(Stage(1.0, (3,), 12, 4, own_answers=1.0, mistakes=1.0),))
-    held: list[list[list[str]]] = []
-
-    def play(episodes: Sequence[Sequence[Turn]], seed: int) -> list[list[str]]:
-        held.append(own_answers(model, tokenizer, episodes, seed))
-        return held[-1]
-
-    batch, _ = training_batch(writer, tokenizer, settings, 0, play=play)
-    assert model.training
-    assert torch.equal(model.stm.memory, memory)
-    for episode, answers in enumerate(held[0]):
-        assert len(answers) == batch.steps - 1
-        for turn, answer in enumerate(answers):
-            row = episode * batch.steps + turn
-            heard = tokenizer.decode(
-                batch.heard_ids[row, : batch.heard_lengths[row]].tolist(), skip_special_tokens=True
-            )
-            assert answer in heard
-        last = (episode + 1) * batch.steps - 1
-        assert torch.equal(batch.heard_ids[last, : batch.heard_lengths[last]], batch.ids[last, : batch.lengths[last]])
-    # The conversations are the same ones without a model, and it is mistakes that memory hears then.
-    without, _ = training_batch(writer, tokenizer, settings, 0)
-    assert without.turns == batch.turns
-
-
-def test_own_answers_are_those_of_a_conversation_alone(writer: EpisodeWriter, tokenizer: Tokenizer) -> None:
-    model = demo_model(tokenizer, TINY, seed=0).eval()
-    episodes = [writer.episode(random.Random(seed), 3) for seed in (1, 2)]
-    together = own_answers(model, tokenizer, episodes, 7)
-    model.stm.reset(batch_size=2, seed=7)
-    for turn in range(2):
-        assert answer_queries(model, tokenizer, [e[turn].query for e in episodes]) == [row[turn] for row in together]
-
-
-@pytest.mark.parametrize("own", [0.0, 1.0])
-def test_a_killed_run_resumes_to_the_same_numbers(
-    writer: EpisodeWriter, tokenizer: Tokenizer, tmp_path: Path, own: float
-) -> None:
-    settings = replace(SHORT, stages=(Stage(1.0, (3,), 12, 4, own_answers=own),))
+def test_a_killed_run_resumes_to_the_same_numbers(writer: EpisodeWriter, tokenizer: Tokenizer, tmp_path: Path) -> None:
     whole = demo_model(tokenizer, TINY, seed=0)
-    expected = train(whole, tokenizer, writer, settings)
+    expected = train(whole, tokenizer, writer, SHORT)
 
     def kill(step: int, result: memory_aware.StepResult) -> None:
         if step == 5:  # after the checkpoint at step 4, in the middle of a step
@@ -343,11 +272,11 @@ def test_a_killed_run_resumes_to_the_same_numbers(
 
     checkpoint = tmp_path / "state.safetensors"
     with pytest.raises(_KilledError):
-        train(demo_model(tokenizer, TINY, seed=0), tokenizer, writer, settings, checkpoint=checkpoint, on_step=kill)
+        train(demo_model(tokenizer, TINY, seed=0), tokenizer, writer, SHORT, checkpoint=checkpoint, on_step=kill)
     # A new process has other random numbers and other initial weights; neither may matter.
     torch.manual_seed(12345)
     resumed = demo_model(tokenizer, TINY, seed=99)
-    losses = train(resumed, tokenizer, writer, settings, checkpoint=checkpoint)
+    losses = train(resumed, tokenizer, writer, SHORT, checkpoint=checkpoint)
     assert losses == expected[4:]
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
@@ -360,8 +289,7 @@ def _failing_shard(model: torch.nn.Module, step: int, shard: int) -> int:
 
 
 def test_the_number_of_workers_changes_nothing(writer: EpisodeWriter, tokenizer: Tokenizer) -> None:
-    stages = (Stage(1.0, (3,), 12, 4, dropped_words=0.2, own_answers=0.5),)
-    settings = replace(SHORT, steps=2, shards=3, warmup_steps=1, stages=stages)
+    settings = replace(SHORT, steps=2, shards=3, warmup_steps=1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -456,9 +384,6 @@ def test_checkpoints_that_do_not_belong_are_refused(
         (lambda: TrainingSettings(learning_rate=-1.0), "learning_rate"),
         (lambda: TrainingSettings(probes=-1), "probes"),
         (lambda: Stage(1.0, (2,), 4, 3, chat_rows=2.0), "chat_rows"),
-        (lambda: Stage(1.0, (2,), 4, 3, own_answers=1.5), "own_answers"),
-        (lambda: Stage(1.0, (2,), 4, 3, dropped_words=-0.1), "dropped_words"),
-        (lambda: Stage(1.0, (2,), 4, 3, replaced_weight=0.0), "replaced_weight"),
         (lambda: Stage(1.0, (2,), 4, 3, emphasis="none"), "emphasis"),
         (lambda: TrainingSettings(checkpoint_every=0), "checkpoint_every"),
         (lambda: TrainingSettings(shards=0), "shards"),
@@ -474,7 +399,7 @@ def test_checkpoints_that_do_not_belong_are_refused(
         (lambda: batch_episodes(None, []), "episodes"),  # type: ignore[arg-type]
         (lambda: train_demo("never-made", steps=0), "steps"),
         (lambda: Phase(SHORT, until=0.0), "until"),
-        (lambda: train_demo(__file__, steps=4), "output_directory"),
+        (lambda: train_demo(__file__, steps=2), "output_directory"),
     ],
 )
 def test_arguments_are_refused_by_name(call: object, message: str) -> None:

@@ -125,42 +125,9 @@ DEMO_PHASES = (
             ),
         ),
     ),
-    Phase(
-        TrainingSettings(
-            steps=2400,
-            learning_rate=6e-4,
-            final_learning_rate=0.01,
-            warmup_steps=60,
-            stages=(
-                Stage(
-                    1.00, (4, 8, 12, 18, 20), 216, 13,
-                    statement_rows=0.5, chat_rows=0.3, emphasis="answers", mistakes=0.25, changes=0.45,
-                    replaced_weight=2.0, dropped_words=0.1, own_answers=0.5,
-                ),
-            ),
-        ),
-        until=0.4584,
-    ),
-    Phase(
-        TrainingSettings(
-            steps=700,
-            learning_rate=4e-4,
-            final_learning_rate=0.01,
-            warmup_steps=20,
-            stages=(
-                Stage(
-                    1.00, (4, 8, 12, 18, 20), 216, 13,
-                    statement_rows=0.5, chat_rows=0.3, emphasis="answers", mistakes=0.25, changes=0.45,
-                    replaced_weight=2.0, dropped_words=0.1, own_answers=0.5,
-                ),
-            ),
-        ),
-    ),
 )  # fmt: skip
 """First what memory is for, in short and then in long conversations; its schedule is left early, while steps are still long.
-Then the same with a rate that falls to nothing: that is when recall of old facts comes. Last, in two parts of which the
-second's rate falls to nothing again, half of the conversations are held by the model itself, as in use; words are dropped,
-because wording that it never saw lacks words it knows; and values that took the place of others weigh twice.
+Then the same with a rate that falls to nothing: that is when recall of old facts comes.
 
 Long episodes want small steps: at the full rate, training on eighteen turns became unstable, and a trained model that
 went on at 1e-3 forgot within a hundred steps what it could do."""

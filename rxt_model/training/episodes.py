@@ -7,9 +7,8 @@ An episode is a list of :class:`Turn`. Training episodes mix everything at rando
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -41,7 +40,6 @@ class Turn:
         kind: ``"tell"``, ``"update"``, ``"ask"``, ``"unknown"`` (asked, never told) or ``"chat"``.
         facts: the (attribute, value) pairs told or asked.
         distance: for ``"ask"``, turns since the fact was last told: 1 is the next turn.
-        replaced: for ``"ask"``, whether the fact had been told with another value before.
     """
 
     query: str
@@ -49,7 +47,6 @@ class Turn:
     kind: str
     facts: tuple[tuple[str, str], ...] = ()
     distance: int = 0
-    replaced: bool = False
 
 
 @dataclass
@@ -59,11 +56,8 @@ class _State:
     known: dict[str, str] = field(default_factory=dict)
     told_at: dict[str, int] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
-    replaced: set[str] = field(default_factory=set)
 
     def learn(self, key: str, value: str, turn: int) -> None:
-        if key in self.known:
-            self.replaced.add(key)
         self.known[key] = value
         self.told_at[key] = turn
         self.asked.discard(key)
@@ -129,30 +123,15 @@ class EpisodeWriter:
 
         Now and then one more follows, about something that was never told.
         """
-        state = _State()
+        known: dict[str, tuple[str, int]] = {}
         for index, turn in enumerate(turns[:-1]):
             if turn.kind in ("tell", "update"):
-                for key, value in turn.facts:
-                    state.learn(key, value, index)
-        keys = rng.sample(list(state.known), min(count, len(state.known)))
-        questions = [self._question(rng, state, key, len(turns) - 1) for key in keys]
+                known.update({key: (value, index) for key, value in turn.facts})
+        keys = rng.sample(list(known), min(count, len(known)))
+        questions = [self._question(rng, key, known[key][0], len(turns) - 1 - known[key][1]) for key in keys]
         if count and rng.random() < UNKNOWN_PROBE_SHARE:
-            questions.append(self.unknown(rng, state))
+            questions.append(self.unknown(rng, _State(known={key: value for key, (value, _) in known.items()})))
         return questions
-
-    @staticmethod
-    def without_words(rng: random.Random, turn: Turn, share: float) -> Turn:
-        """The turn with this share of the words of its query left out; words of values stay, and so does one word at least.
-
-        Example:
-            >>> turn = Turn("By the way, I live in New York.", "Okay.", "tell", (("city", "New York"),))
-            >>> EpisodeWriter.without_words(random.Random(1), turn, 0.5).query
-            'the way, New York.'
-        """
-        words = {word.lower() for _, value in turn.facts for word in re.findall(r"\w+", value)}
-        parts = turn.query.split(" ")
-        kept = [part for part in parts if words.intersection(re.findall(r"\w+", part.lower())) or rng.random() >= share]
-        return replace(turn, query=" ".join(kept or parts[:1]))
 
     def mistake(self, rng: random.Random, turn: Turn) -> str:
         """An answer as a model that is wrong might give it: about another fact, another value, or beside the point."""
@@ -168,12 +147,8 @@ class EpisodeWriter:
             return self.wording.answer(*facts[0])
         return self.wording.acknowledge(rng, facts, changed=rng.random() < 0.3)
 
-    def _question(self, rng: random.Random, state: _State, key: str, turn: int) -> Turn:
-        value = state.known[key]
-        return Turn(
-            self.wording.ask(rng, key), self.wording.answer(key, value), "ask", ((key, value),),
-            distance=turn - state.told_at[key], replaced=key in state.replaced,
-        )  # fmt: skip
+    def _question(self, rng: random.Random, key: str, value: str, distance: int) -> Turn:
+        return Turn(self.wording.ask(rng, key), self.wording.answer(key, value), "ask", ((key, value),), distance)
 
     def recall_episode(
         self,
@@ -224,7 +199,7 @@ class EpisodeWriter:
         told_at = len(written) - 1
         while len(written) < told_at + distance:
             filler()
-        written.append(self._question(rng, state, attribute.key, told_at + distance))
+        written.append(self._question(rng, attribute.key, value, distance))
         return written
 
     def chat(self, rng: random.Random) -> Turn:
@@ -270,7 +245,7 @@ class EpisodeWriter:
         fresh = [key for key in state.known if key not in state.asked]
         key = rng.choice(fresh) if fresh and rng.random() < 0.75 else rng.choice(list(state.known))
         state.asked.add(key)
-        return self._question(rng, state, key, turn)
+        return self._question(rng, key, state.known[key], turn - state.told_at[key])
 
 
 @dataclass(frozen=True)
@@ -310,7 +285,6 @@ def encode_turn(
     values: Sequence[list[int]],
     limit: int,
     emphasis: str = "answers",
-    replaced_weight: float = 1.0,
 ) -> EncodedTurn:
     """Put the encoded parts of a turn into the Alpha template, cut to ``limit`` tokens at the end of the query."""
     special = tokenizer.special_tokens
@@ -324,8 +298,6 @@ def encode_turn(
     on_value, elsewhere = EMPHASES[emphasis]["small talk" if is_small_talk else turn.kind]
     # Old facts are asked for less often than new ones, and what keeps them is learned more slowly.
     on_value *= 1.0 + turn.distance / DISTANCE_OF_DOUBLE_WEIGHT
-    if turn.replaced:
-        on_value *= replaced_weight
     is_value = [False] * (len(answer) + 1)
     for part in values:
         for start in range(len(answer) - len(part) + 1):
@@ -348,7 +320,7 @@ class EpisodeBatch:
         answer_start: (R,) int64, position of the first answer token.
         weights: (R, T) loss weight of predicting the token at each position; small in queries, 0 at control tokens.
         is_value: (R, T) bool, tokens of the value in answers to questions.
-        heard_ids: (B * N, T') int64, the turns as memory hears them: like ``ids``, or with another answer in it.
+        heard_ids: (B * N, T') int64, the turns as memory hears them: like ``ids``, or with a mistaken answer in it.
         heard_lengths: (B * N,) int64.
         memory_rows: (R,) int64, the turn whose memory a row is answered with: its own, or the last one for a probe.
         turns: the text, per episode.
@@ -387,10 +359,9 @@ def batch_episodes(
     episodes: Sequence[Sequence[Turn]],
     *,
     probes: Sequence[tuple[int, Turn]] = (),
-    heard: Mapping[int, str] | None = None,
+    mistakes: Mapping[int, str] | None = None,
     limit: int = 56,
     emphasis: str = "answers",
-    replaced_weight: float = 1.0,
 ) -> EpisodeBatch:
     """Encode episodes of equal length.
 
@@ -398,10 +369,9 @@ def batch_episodes(
         tokenizer: of the model.
         episodes: their turns.
         probes: (episode, question) pairs, see :class:`EpisodeBatch`.
-        heard: answers that memory hears instead of the reference, by row.
+        mistakes: answers that memory hears instead of the reference, by row.
         limit: most tokens of a turn; longer messages lose their end.
         emphasis: loss weights, one of :data:`EMPHASES`.
-        replaced_weight: factor on them where a value took the place of another.
 
     Raises:
         ValueError: if there are none or their lengths differ.
@@ -421,7 +391,7 @@ def batch_episodes(
         parts = encoded[position : position + count]
         position += count
         answer = encoded[len(turns) + index]
-        rows.append(encode_turn(tokenizer, turn, encoded[index], answer, parts, limit, emphasis, replaced_weight))
+        rows.append(encode_turn(tokenizer, turn, encoded[index], answer, parts, limit, emphasis))
     longest = max(len(row.ids) for row in rows)
     pad = tokenizer.special_tokens.pad or 0
     ids = torch.full((len(rows), longest), pad, dtype=torch.long)
@@ -434,20 +404,20 @@ def batch_episodes(
         if turn.kind == "ask":
             is_value[index, row.answer_start : len(row.ids)] = torch.tensor(row.value)
     count = len(episodes) * steps
-    others = dict(heard or {})
-    other_ids = dict(zip(others, tokenizer.encode_ordinary_batch(list(others.values())), strict=True)) if others else {}
-    heard_rows = [
-        encode_turn(tokenizer, turns[row], encoded[row], other_ids[row], [], limit).ids
-        if row in other_ids
+    wrong = dict(mistakes or {})
+    wrong_ids = dict(zip(wrong, tokenizer.encode_ordinary_batch(list(wrong.values())), strict=True)) if wrong else {}
+    heard = [
+        encode_turn(tokenizer, turns[row], encoded[row], wrong_ids[row], [], limit).ids
+        if row in wrong_ids
         else rows[row].ids
         for row in range(count)
     ]
-    heard_ids = torch.full((count, max(map(len, heard_rows))), pad, dtype=torch.long)
-    for index, heard_row in enumerate(heard_rows):
+    heard_ids = torch.full((count, max(map(len, heard))), pad, dtype=torch.long)
+    for index, heard_row in enumerate(heard):
         heard_ids[index, : len(heard_row)] = torch.tensor(heard_row)
     return EpisodeBatch(
         heard_ids=heard_ids,
-        heard_lengths=torch.tensor([len(heard_row) for heard_row in heard_rows]),
+        heard_lengths=torch.tensor([len(heard_row) for heard_row in heard]),
         ids=ids,
         lengths=torch.tensor([len(row.ids) for row in rows]),
         answer_start=torch.tensor([row.answer_start for row in rows]),

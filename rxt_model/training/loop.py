@@ -10,7 +10,6 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +17,24 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rxt_model.models import ReactiveTransformer
 from rxt_model.tokenizer import Tokenizer
 
 from .checkpoint import load_checkpoint, save_checkpoint
-from .episodes import EpisodeBatch, EpisodeWriter, Turn, batch_episodes
+from .episodes import EpisodeBatch, EpisodeWriter, batch_episodes
 from .memory_aware import StepResult, memory_objective
-from .playing import own_answers
 from .settings import TrainingSettings, learning_rate
 from .workers import ShardGradients
 
-__all__ = ["Objective", "Player", "make_optimizer", "train", "training_batch"]
+__all__ = ["Objective", "make_optimizer", "train", "training_batch"]
 
 Objective = Callable[[Any, EpisodeBatch, Tensor, TrainingSettings, torch.Generator], StepResult]
 """(model, batch, rows to answer, settings, generator of this shard) to the loss. A function that can be imported."""
-Player = Callable[[Sequence[Sequence[Turn]], int], list[list[str]]]
-"""(conversations, seed) to the answers of a model that holds them, :func:`rxt_model.training.playing.own_answers`."""
 
 
 def training_batch(
-    writer: EpisodeWriter,
-    tokenizer: Tokenizer,
-    settings: TrainingSettings,
-    step: int,
-    shard: int = 0,
-    *,
-    play: Player | None = None,
+    writer: EpisodeWriter, tokenizer: Tokenizer, settings: TrainingSettings, step: int, shard: int = 0
 ) -> tuple[EpisodeBatch, Tensor]:
-    """One shard of a step and the rows its decoder answers: every question, a share of statements and of chat.
-
-    ``play`` holds the conversations of those shards whose memory is to hear the model's own answers; without it, memory
-    hears the reference answers and made-up mistakes in all of them.
-    """
+    """One shard of a step and the rows its decoder answers: every question, a share of statements and of chat."""
     stage = settings.stage(step)
     turns = random.Random(f"{settings.seed}/{step}/turns").choice(stage.turns)
     rng = random.Random(f"{settings.seed}/{step}/{shard}/episodes")
@@ -60,26 +45,18 @@ def training_batch(
         for index, episode in enumerate(episodes)
         for probe in writer.probes(rng, episode, min(settings.probes, turns - 1))
     ]
-    if stage.dropped_words > 0.0:
-        episodes = [[writer.without_words(rng, turn, stage.dropped_words) for turn in episode] for episode in episodes]
-        probes = [(index, writer.without_words(rng, probe, stage.dropped_words)) for index, probe in probes]
-    if play is not None and stage.own_answers > 0.0 and rng.random() < stage.own_answers:
-        played = play(episodes, rng.getrandbits(31))
-        heard = {row * turns + turn: text for row, own in enumerate(played) for turn, text in enumerate(own)}
-    else:
-        heard = {
-            row: writer.mistake(rng, turn)
-            for row, turn in enumerate(turn for episode in episodes for turn in episode)
-            if rng.random() < stage.mistakes
-        }
+    mistakes = {
+        row: writer.mistake(rng, turn)
+        for row, turn in enumerate(turn for episode in episodes for turn in episode)
+        if rng.random() < stage.mistakes
+    }
     batch = batch_episodes(
         tokenizer,
         episodes,
         probes=probes,
-        heard=heard,
+        mistakes=mistakes,
         limit=settings.token_limit,
         emphasis=stage.emphasis,
-        replaced_weight=stage.replaced_weight,
     )
     share = {"chat": stage.chat_rows, "tell": stage.statement_rows, "update": stage.statement_rows}
     keep = [index for index, turn in enumerate(batch.row_turns) if rng.random() < share.get(turn.kind, 1.0)]
@@ -96,10 +73,7 @@ class ShardTask:
     objective: Objective
 
     def __call__(self, model: nn.Module, step: int, shard: int) -> StepResult:
-        play = None
-        if isinstance(model, ReactiveTransformer):
-            play = partial(own_answers, model, self.tokenizer)
-        batch, rows = training_batch(self.writer, self.tokenizer, self.settings, step, shard, play=play)
+        batch, rows = training_batch(self.writer, self.tokenizer, self.settings, step, shard)
         seed = (self.settings.seed * 1_000_003 + step) * self.settings.shards + shard
         torch.manual_seed(seed)  # dropout, where a model has any
         result = self.objective(model, batch, rows, self.settings, torch.Generator().manual_seed(seed))

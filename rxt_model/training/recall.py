@@ -32,9 +32,11 @@ from rxt_model.tokenizer import Tokenizer
 from .dialogue import load_dialogue
 from .episodes import EpisodeWriter, Turn, batch_episodes
 from .facts import values_in_answer
-from .playing import ANSWER_LIMIT, MESSAGE_LIMIT, answer_queries
 
 __all__ = ["RecallPoint", "RecallReport", "measure_history_recall", "measure_recall", "save_report", "wilson_interval"]
+
+MESSAGE_LIMIT = 96
+ANSWER_LIMIT = 28
 
 
 def wilson_interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
@@ -292,7 +294,20 @@ def measure_recall(
                 return [turn.answer for turn in turns]
             if condition == "reset":
                 model.stm.reset(seed=seed + 7919 * played + rows)
-            return answer_queries(model, tokenizer, [turn.query for turn in turns])
+            special = tokenizer.special_tokens
+            prompts = [
+                [special.bos, special.query, *ids[: MESSAGE_LIMIT - ANSWER_LIMIT - 3]]
+                for ids in tokenizer.encode_ordinary_batch([turn.query for turn in turns])
+            ]
+            longest = max(map(len, prompts))
+            ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+            mask = torch.arange(longest) < torch.tensor([len(prompt) for prompt in prompts])[:, None]
+            # Room for the longest message, [A] and an answer; answers are one sentence.
+            produced, kept = model.batch_interactions(ids, mask, temperature=0.0, max_seq_len=longest + ANSWER_LIMIT)
+            return [
+                tokenizer.decode(row[keep].tolist(), skip_special_tokens=True).strip()
+                for row, keep in zip(produced, kept, strict=True)
+            ]
 
         return answer
 

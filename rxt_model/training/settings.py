@@ -26,13 +26,6 @@ class Stage:
             what the user said, not what it made of it.
         rate: factor on the learning rate. Long episodes want a smaller one: their gradients pass through many updates.
         changes: share of statements that change a known fact instead of telling a new one.
-        replaced_weight: factor on the weight of a value that took the place of another: its answer tells whether memory was
-            overwritten.
-        dropped_words: share of the words of a user's message that are left out, values excepted. Wording that was never
-            seen lacks words that were learnt, too.
-        own_answers: share of the shards whose conversations the model holds itself: what it answers, right or wrong, is
-            what memory hears, as in use. The answers that are trained stay the reference ones. Made-up mistakes are for
-            the other shards.
     """
 
     until: float
@@ -45,16 +38,11 @@ class Stage:
     mistakes: float = 0.0
     rate: float = 1.0
     changes: float = 0.25
-    replaced_weight: float = 1.0
-    dropped_words: float = 0.0
-    own_answers: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("statement_rows", "chat_rows", "mistakes", "changes", "dropped_words", "own_answers"):
+        for name in ("statement_rows", "chat_rows", "mistakes", "changes"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must lie between 0 and 1; it was {getattr(self, name)}.")
-        if not self.replaced_weight > 0.0:
-            raise ValueError(f"replaced_weight must be positive; it was {self.replaced_weight}.")
         if self.emphasis not in EMPHASES:
             raise ValueError(f"emphasis must be one of {', '.join(EMPHASES)}; it was {self.emphasis!r}.")
 
