@@ -73,7 +73,7 @@ def test_forward_and_backward(
 
 
 @pytest.mark.parametrize("lists", [False, True])
-@pytest.mark.parametrize(("tokens", "dim", "width"), [(9, 300, 280), (130, 128, 72)])
+@pytest.mark.parametrize(("tokens", "dim", "width"), [(9, 300, 280), (130, 128, 72), (310, 270, 34)])
 def test_more_than_one_block_of_everything(tokens: int, dim: int, width: int, lists: bool) -> None:
     compare(make(tokens, 2, dim, width), torch.float32, lists, top_k=1)
 

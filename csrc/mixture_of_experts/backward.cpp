@@ -20,7 +20,7 @@ void hidden_gradients(const ExpertsBackward& a, const WideRows& gradient, const 
     for (int r = 0; r < rows; ++r) addresses[r] = gradient(e.groups.tokens[block.first + r]);
     const int64_t stride = padded_columns(count);
     alignas(64) float sums[most_sums];
-    multiply_unpacked<Element>(addresses, rows, e.second[block.expert].transposed(), first, count, sums, stride);
+    multiply_matrix<Element>(addresses, rows, e.second[block.expert].transposed(), first, count, sums, stride);
     for (int r = 0; r < rows; ++r) {
         const int64_t place = block.first + r;
         const Float weight = broadcast(e.weights[e.groups.order[place]]);
@@ -78,7 +78,7 @@ void input_gradients(const ExpertsBackward& a, const RowBlock& block, int64_t fi
     for (int r = 0; r < rows; ++r) addresses[r] = a.before_gradient + (block.first + r) * e.width();
     const int64_t stride = padded_columns(count);
     alignas(64) float sums[most_sums];
-    multiply_unpacked<Element>(addresses, rows, e.first[block.expert].transposed(), first, count, sums, stride);
+    multiply_matrix<Element>(addresses, rows, e.first[block.expert].transposed(), first, count, sums, stride);
     for (int r = 0; r < rows; ++r) {
         float* part = a.x_parts + e.groups.order[block.first + r] * e.dim + first;
         for (int64_t i = 0; i < count; i += Float::lanes)
@@ -106,11 +106,11 @@ void matrix_gradients(const Experts& e, const Matrix* targets, const Outgoing& o
         alignas(64) float sums[most_sums];
         const int64_t stride = padded_columns(columns);
         if (by_input) {
-            multiply_input_major([&](int r, int64_t k) { return incoming(first + k)[row + r]; }, rows,
-                                 [&](int64_t k) { return outgoing(first + k) + column; }, tokens, columns, sums, stride);
+            multiply_outer([&](int64_t k) { return incoming(first + k) + row; }, rows,
+                           [&](int64_t k) { return outgoing(first + k) + column; }, tokens, columns, sums, stride);
         } else {
-            multiply_input_major([&](int r, int64_t k) { return outgoing(first + k)[row + r]; }, rows,
-                                 [&](int64_t k) { return incoming(first + k) + column; }, tokens, columns, sums, stride);
+            multiply_outer([&](int64_t k) { return outgoing(first + k) + row; }, rows,
+                           [&](int64_t k) { return incoming(first + k) + column; }, tokens, columns, sums, stride);
         }
         const Matrix& target = targets[expert];
         const int64_t target_stride = by_input ? target.input_stride : target.output_stride;

@@ -15,8 +15,8 @@ void hidden_units(const ExpertsForward& a, const WideRows& x, const RowBlock& bl
     const int64_t half = padded_columns(count), stride = e.gated ? 2 * half : half;
     alignas(64) float sums[most_sums];
     const Matrix& weight = e.first[block.expert];
-    multiply_unpacked<Element>(addresses, rows, weight, e.linear_at() + first, count, sums, stride);
-    if (e.gated) multiply_unpacked<Element>(addresses, rows, weight, e.gate_at() + first, count, sums + half, stride);
+    multiply_matrix<Element>(addresses, rows, weight, e.linear_at() + first, count, sums, stride);
+    if (e.gated) multiply_matrix<Element>(addresses, rows, weight, e.gate_at() + first, count, sums + half, stride);
     const auto* bias =
         e.first_bias == nullptr ? nullptr : static_cast<const Element*>(e.first_bias[block.expert]) + first;
     for (int r = 0; r < rows; ++r) {
@@ -46,7 +46,7 @@ void weighted_outputs(const ExpertsForward& a, const RowBlock& block, int64_t fi
     for (int r = 0; r < rows; ++r) addresses[r] = a.hidden + (block.first + r) * e.hidden;
     const int64_t stride = padded_columns(count);
     alignas(64) float sums[most_sums];
-    multiply_unpacked<Element>(addresses, rows, e.second[block.expert], first, count, sums, stride);
+    multiply_matrix<Element>(addresses, rows, e.second[block.expert], first, count, sums, stride);
     const auto* bias =
         e.second_bias == nullptr ? nullptr : static_cast<const Element*>(e.second_bias[block.expert]) + first;
     for (int r = 0; r < rows; ++r) {

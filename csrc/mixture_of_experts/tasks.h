@@ -2,7 +2,7 @@
 #pragma once
 
 #include "core/parallel.h"
-#include "matmul/unpacked.h"
+#include "matmul/packed.h"
 #include "mixture_of_experts/kernels.h"
 
 namespace rxt::RXT_INSTRUCTION_SET {
