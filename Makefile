@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 help:
 	@echo "make demo      talk to the shipped model and measure scaling (under 3 minutes after downloads)"
 	@echo "make native    build the native CPU kernels again after a change in csrc/"
-	@echo "make test      the test suite (under 10 minutes on two cores)"
+	@echo "make test      the test suite (ten to thirteen minutes on two cores)"
 	@echo "make test-gpu  the tests of kernels and engines on a GPU, where \`make test\` runs them in Triton's interpreter"
 	@echo "make test-aot  compile every kernel for four GPUs, without one, and fail if one is not as it should be"
 	@echo "make test-aot-small  the kernels of one model for one of them"
@@ -32,7 +32,7 @@ native: $(READY)
 	$(RUN)/python setup.py --quiet build_ext --inplace
 
 test: $(READY)
-	$(RUN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(RUN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
 
 test-gpu: $(READY)
 	@$(RUN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no GPU here; run it where there is one. `make test` runs the same tests in the interpreter of Triton.")'
