@@ -138,7 +138,7 @@ def _run(step: Step, folder: Path) -> tuple[int, str]:
         try:
             output = process.communicate()[0]
         except KeyboardInterrupt:
-            process.wait()
+            process.communicate()  # while it ends, what it prints has to be read
             raise
     return process.returncode, output.replace("\r", "\n").strip()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .plotting import LABELS, STYLES, Theme, draw_themes
+from .plotting import LABELS, STYLES, Theme, draw_themes, dress
 from .results import Results
 from .statistics import percentiles
 
@@ -96,15 +96,7 @@ def _draw(results: Results, theme: Theme, file: Path) -> None:
                 )  # fmt: skip
         axes.set_ylim(bottom=0)
         axes.set_xticks(steps)
-        axes.set_facecolor(theme.background)
-        axes.set_xlabel("step of the dialogue", color=theme.text)
-        axes.set_ylabel("times that of step 1", color=theme.text)
-        axes.tick_params(colors=theme.text, length=0, pad=5)
-        axes.grid(True, color=theme.faint, linewidth=0.8)
-        axes.set_axisbelow(True)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side == "bottom")
-            spine.set_color(theme.text)
+        dress(axes, theme, "step of the dialogue", "times that of step 1")
         figure.legend(
             loc="upper left", bbox_to_anchor=(0.08, 0.915), ncols=2, frameon=False, labelcolor=theme.text, fontsize=9.5
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .plotting import Theme, draw_themes
+from .plotting import Theme, draw_themes, dress
 from .results import Results
 
 __all__ = ["plot_drift"]
@@ -103,13 +103,4 @@ def _draw_panel(
     elif name == "rms" and axes.get_ylim()[1] > _LARGEST_SHOWN:
         axes.set_ylim(top=_LARGEST_SHOWN)  # what overflows leaves the picture, the others stay apart
     axes.xaxis.set_major_formatter("{x:,g}")
-    axes.set_facecolor(theme.background)
-    axes.set_xlabel("turn", color=theme.text)
-    axes.set_ylabel(unit, color=theme.text)
-    axes.set_title(title, loc="left", color=theme.text, fontsize=12, fontweight="bold", pad=9)
-    axes.tick_params(colors=theme.text, which="both", length=0, pad=5)
-    axes.grid(True, color=theme.faint, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(theme.text)
+    dress(axes, theme, "turn", unit, title)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .plotting import Theme, draw_themes
+from .plotting import Theme, draw_themes, dress
 from .results import Results
 
 __all__ = ["plot_gpu_static"]
@@ -91,11 +91,4 @@ def _draw_panel(
             label = None
     axes.set_xlim(left=0)
     axes.set_ylim(-0.7, len(kernels) - 0.3)
-    axes.set_facecolor(theme.background)
-    axes.set_xlabel(unit, color=theme.text)
-    axes.set_title(title, loc="left", color=theme.text, fontsize=11.5, fontweight="bold", pad=8)
-    axes.tick_params(colors=theme.text, length=0, pad=5)
-    axes.grid(True, color=theme.faint, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    dress(axes, theme, unit, title=title, has_base=False)

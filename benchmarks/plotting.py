@@ -20,7 +20,17 @@ from rxt_model.files import atomic_path
 
 from .results import Results, read_results
 
-__all__ = ["LABELS", "STYLES", "THEMES", "Theme", "draw_themes", "plot_results", "plot_scaling", "require_matplotlib"]
+__all__ = [
+    "LABELS",
+    "STYLES",
+    "THEMES",
+    "Theme",
+    "draw_themes",
+    "dress",
+    "plot_results",
+    "plot_scaling",
+    "require_matplotlib",
+]
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,21 @@ def require_matplotlib() -> None:
             "plots need matplotlib, which is not installed; install it with pip install 'rxt-kernels[plot]', or leave out "
             "--plot."
         )
+
+
+def dress(axes: Any, theme: Theme, x: str, y: str = "", title: str = "", *, has_base: bool = True) -> None:
+    """What axes of all pictures look like: labels, a title on the left, a faint grid, and no frame but a line at their base."""
+    axes.set_facecolor(theme.background)
+    axes.set_xlabel(x, color=theme.text)
+    axes.set_ylabel(y, color=theme.text)
+    if title:
+        axes.set_title(title, loc="left", color=theme.text, fontsize=12, fontweight="bold", pad=9)
+    axes.tick_params(colors=theme.text, which="both", length=0, pad=5)
+    axes.grid(True, color=theme.faint, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(has_base and side == "bottom")
+        spine.set_color(theme.text)
 
 
 def plot_scaling(results: Results, path: str | os.PathLike[str]) -> list[Path]:
@@ -227,28 +252,20 @@ def _draw_panel(axes: Any, results: Results, theme: Theme, panel: Panel) -> None
             [row["turn"] for row in ours], [1e3 * (row["p50"] + row["memory_update"]["p50"]) for row in ours],
             color=theme.series["rxt"], linewidth=1.1, label="RxT and its memory update",
         )  # fmt: skip
-    _dress(axes, theme, panel, len(_rows(results, "rxt")))
+    _dress_panel(axes, theme, panel, len(_rows(results, "rxt")))
     _say_overtaking(axes, results, theme, panel)
 
 
-def _dress(axes: Any, theme: Theme, panel: Panel, turns: int) -> None:
+def _dress_panel(axes: Any, theme: Theme, panel: Panel, turns: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_facecolor(theme.background)
-    axes.set_xlabel("turn", color=theme.text)
-    axes.set_ylabel(panel.unit, color=theme.text)
+    dress(axes, theme, "turn", panel.unit)
     axes.set_xlim(1, turns)
     axes.set_ylim(0, axes.get_ylim()[1])
     if 16 <= turns <= 64:
         axes.set_xticks([tick for tick in (1, 8, 16, 24, 32, 40, 48, 56, 64) if tick <= turns])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.tick_params(colors=theme.text, length=0, pad=6)
-    axes.grid(True, color=theme.faint, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(theme.text)
 
 
 def _say_overtaking(axes: Any, results: Results, theme: Theme, panel: Panel) -> None:

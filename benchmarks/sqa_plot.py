@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .plotting import Theme, draw_themes
+from .plotting import Theme, draw_themes, dress
 from .results import Results
 
 __all__ = ["plot_sqa"]
@@ -55,7 +55,7 @@ def _draw(results: Results, theme: Theme, file: Path) -> None:
             (forward, "Speed, forward", "times as fast as GQA"),
             (backward, "Speed, forward and backward", "times as fast as GQA"),
         ):
-            _dress(axes, theme, title, unit)
+            _dress_lengths(axes, theme, title, unit)
         figure.legend(
             handles=_legend(theme, results), loc="upper left", bbox_to_anchor=(0.055, 0.925), ncols=9, frameon=False,
             labelcolor=theme.text, handlelength=2.4, columnspacing=1.3, fontsize=10,
@@ -155,21 +155,12 @@ def _draw_speed(
     axes.yaxis.set_major_formatter("{x:g}x")
 
 
-def _dress(axes: Any, theme: Theme, title: str, unit: str) -> None:
+def _dress_lengths(axes: Any, theme: Theme, title: str, unit: str) -> None:
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    axes.set_facecolor(theme.background)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(
         FuncFormatter(lambda tokens, _: f"{tokens / 1024:g}k" if tokens >= 1024 else f"{tokens:g}")
     )
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("tokens", color=theme.text)
-    axes.set_ylabel(unit, color=theme.text)
-    axes.set_title(title, loc="left", color=theme.text, fontsize=12, fontweight="bold", pad=9)
-    axes.tick_params(colors=theme.text, which="both", length=0, pad=5)
-    axes.grid(True, color=theme.faint, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(theme.text)
+    dress(axes, theme, "tokens", unit, title)

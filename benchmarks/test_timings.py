@@ -61,8 +61,7 @@ def test_work(name: str, benchmark: Any) -> None:
             f"{system.backend} {system.dtype} is off by {found:.3g}"
         )
         tasks.append((min(task.run()), len(tasks), task, system))
-    if not tasks:
-        pytest.skip("none of its systems is here")
+    assert tasks, "not even torch's own was measured"
     _, _, task, system = min(tasks)
     benchmark.extra_info["system"] = f"{system.model or MODEL}, {system.backend}, {system.dtype}"
     benchmark.pedantic(task.run, rounds=ROUNDS)

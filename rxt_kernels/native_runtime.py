@@ -27,6 +27,7 @@ __all__ = [
     "instruction_set",
     "instruction_sets",
     "is_plain_call",
+    "neighbouring_rows",
     "unavailable",
     "unsupported_tensors",
     "use_instruction_set",
@@ -160,6 +161,12 @@ def unsupported_tensors(*tensors: Tensor | None) -> str | None:
         if tensor.dtype is not first:
             return f"tensors are {first} and {tensor.dtype}; native kernels take one dtype."
     return None
+
+
+def neighbouring_rows(x: Tensor) -> Tensor:
+    """x (..., D) as rows (N, D) of neighbouring values, as kernels read them: a view where that is possible."""
+    rows = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def is_plain_call(*tensors: Tensor | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+from inspect import isfunction
 
 import pytest
 import rxt_benchmarks
@@ -30,9 +31,6 @@ def test_examples(name: str) -> None:
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("name", [name for name in rxt_kernels.__all__ if callable(getattr(rxt_kernels, name))])
+@pytest.mark.parametrize("name", [name for name, public in vars(rxt_kernels).items() if isfunction(public)])
 def test_every_public_operation_has_an_example(name: str) -> None:
-    public = getattr(rxt_kernels, name)
-    if isinstance(public, type):
-        pytest.skip("a tuple of tensors that operations take or return")
-    assert ">>> " in (public.__doc__ or "")
+    assert ">>> " in (getattr(rxt_kernels, name).__doc__ or "")

@@ -13,7 +13,14 @@ from small_models import MODELS, make
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from rxt_kernels.decode import DecoderLayerWeights, ExpertWeights, FeedForwardWeights, NativeEngine, decode_engine
+from rxt_kernels.decode import (
+    DecoderLayerWeights,
+    ExpertWeights,
+    FeedForwardWeights,
+    NativeEngine,
+    decode_engine,
+    huge_pages,
+)
 from rxt_model.demo_model import load_demo_model
 from rxt_model.interaction.decoding import padded
 from rxt_model.interaction.engine import choose_engine, decoder_weights
@@ -294,3 +301,9 @@ def test_refusals() -> None:
     engine.prefill(torch.full((2, 3), 11), [3, 2])
     with pytest.raises(ValueError, match="active has 1 entries"):
         engine.step(torch.tensor([11, 11]), [True])
+
+
+def test_a_system_without_large_pages_has_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages.mmap, "MADV_HUGEPAGE", 12345, raising=False)  # advice that no kernel takes
+    taken = huge_pages.Arena().take(1000, torch.float32)
+    assert torch.equal(taken.fill_(2.0), torch.full((1000,), 2.0))

@@ -399,7 +399,7 @@ void Engine::step(const py::object& tokens, const py::object& rows, const py::ob
         const bool goes_on = last < count && row[last] == row[last - 1];
         const Step arguments{&model_, stored_, cache_.data(), memory_.data(), memory_rows_, slots_, work_, threads,
                              last - first, id + first, row + first, place + first, segments, segments_.data(),
-                             segments - (goes_on ? 1 : 0),                             out.data_as<float>(), out.stride(0)};
+                             segments - (goes_on ? 1 : 0), out.data_as<float>(), out.stride(0)};
         kernel(arguments);
         first = last;
     }

@@ -73,7 +73,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     experts: Any = self
     if (reason := _unknown(experts)) is not None:
         raise ValueError(
-            f"experts_implementation={NAME!r} cannot compute the experts of {type(self).__name__}: {reason} Choose another "
+            f"rxt_kernels cannot compute the experts of {type(self).__name__}: {reason} Choose another "
             'implementation with model.set_experts_implementation("eager").'
         )
     first = "gate_up_proj" if experts.has_gate else "up_proj"

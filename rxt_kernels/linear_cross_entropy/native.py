@@ -11,13 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rxt_kernels.native_runtime import extension, is_plain_call, unsupported_tensors
-
-
-def _rows(hidden: Tensor) -> Tensor:
-    """hidden as rows of neighbouring values: a view where that is possible."""
-    rows = hidden.flatten(0, -2)
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+from rxt_kernels.native_runtime import extension, is_plain_call, neighbouring_rows, unsupported_tensors
 
 
 def _forward(
@@ -28,7 +22,7 @@ def _forward(
     total = None if reduction == "none" else hidden.new_empty((), dtype=torch.float32)
     softmax_sums = hidden.new_empty((2, target.numel()), dtype=torch.float32) if keep else None
     extension.linear_cross_entropy_forward(
-        _rows(hidden),
+        neighbouring_rows(hidden),
         weight,
         target.flatten().contiguous(),
         None if bias is None else bias.contiguous(),
@@ -60,7 +54,7 @@ def _backward(
     bias: Tensor | None,
     ignored: int,
 ) -> list[Tensor]:
-    rows = _rows(hidden)
+    rows = neighbouring_rows(hidden)
     hidden_gradient, weight_gradient = hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
     bias_gradient = None if bias is None else bias.new_empty(bias.shape)
     extension.linear_cross_entropy_backward(

@@ -17,12 +17,7 @@ import torch
 from torch import Tensor
 
 from rxt_kernels.mixture_of_experts.reference import ExpertTensors, MixtureOfExpertsOutput, SharedExperts
-from rxt_kernels.native_runtime import DTYPES, extension, is_plain_call, unsupported_tensors
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x (N, D) with neighbouring values in a row."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+from rxt_kernels.native_runtime import DTYPES, extension, is_plain_call, neighbouring_rows, unsupported_tensors
 
 
 def _route_forward(
@@ -34,7 +29,9 @@ def _route_forward(
     chosen = x.new_empty((tokens, top_k), dtype=torch.int64)
     loss = x.new_empty((), dtype=torch.float32)
     logits = x.new_empty((tokens, experts), dtype=torch.float32)
-    extension.route_forward(_rows(x), router_weight.contiguous(), rounds, by_index, logits, weights, chosen, loss)
+    extension.route_forward(
+        neighbouring_rows(x), router_weight.contiguous(), rounds, by_index, logits, weights, chosen, loss
+    )
     return weights, chosen, loss, logits
 
 
@@ -57,7 +54,7 @@ def _route_backward(
 ) -> tuple[Tensor, Tensor]:
     x_gradient, router_gradient = x.new_empty(x.shape), router_weight.new_empty(router_weight.shape)
     extension.route_backward(
-        _rows(x), router_weight.contiguous(), rounds, logits, chosen, weights_gradient.contiguous(), loss_gradient,
+        neighbouring_rows(x), router_weight.contiguous(), rounds, logits, chosen, weights_gradient.contiguous(), loss_gradient,
         x_gradient, router_gradient,
     )  # fmt: skip
     return x_gradient, router_gradient
@@ -119,7 +116,20 @@ def _experts_forward(
     width = 2 * hidden if gated else hidden
     before = x.new_empty((chosen.numel(), width), dtype=torch.float32) if keep else None
     extension.experts_forward(
-        _rows(x), weights, chosen, w1, w2, b1, b2, experts, hidden, activation, gated, gate_first, output, before
+        neighbouring_rows(x),
+        weights,
+        chosen,
+        w1,
+        w2,
+        b1,
+        b2,
+        experts,
+        hidden,
+        activation,
+        gated,
+        gate_first,
+        output,
+        before,
     )
     return output, before
 
@@ -198,7 +208,7 @@ def _routed_experts_backward(
     gradients = [[tensor.new_empty(tensor.shape) for tensor in tensors] for tensors in (w1, w2, b1, b2)]
     x_gradient, weights_gradient = x.new_empty(x.shape), weights.new_empty(weights.shape)
     extension.experts_backward(
-        gradient.contiguous(), before, _rows(x), weights.contiguous(), chosen.contiguous(),
+        gradient.contiguous(), before, neighbouring_rows(x), weights.contiguous(), chosen.contiguous(),
         _readable(w1[0] if stacked else w1), _readable(w2[0] if stacked else w2), _biases(b1, stacked),
         _biases(b2, stacked), *_count(w2, stacked), activation, gated, gate_first, x_gradient, weights_gradient,
         *((own[0] if stacked else own) if own else None for own in gradients),

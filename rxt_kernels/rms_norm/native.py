@@ -10,27 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rxt_kernels.native_runtime import extension, is_plain_call, unsupported_tensors
+from rxt_kernels.native_runtime import extension, is_plain_call, neighbouring_rows, unsupported_tensors
 from rxt_kernels.rms_norm.reference import EPSILON
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x as rows of neighbouring values: a view where that is possible."""
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, keep: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(normed, x + residual, inverse root mean squares), the last two where they are wanted."""
-    rows = _rows(x)
+    rows = neighbouring_rows(x)
     normed = rows.new_empty(x.shape)
     total = None if residual is None else rows.new_empty(x.shape)
     inverse_rms = rows.new_empty(rows.shape[0], dtype=torch.float32) if keep else None
     extension.rms_norm_forward(
         rows,
-        None if residual is None else _rows(residual),
+        None if residual is None else neighbouring_rows(residual),
         weight.contiguous(),
         eps,
         normed.view(rows.shape),
@@ -59,15 +53,15 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
 def _backward(
     gradient: Tensor, total_gradient: Tensor | None, x: Tensor, weight: Tensor, inverse_rms: Tensor
 ) -> tuple[Tensor, Tensor]:
-    rows = _rows(x).contiguous()
+    rows = neighbouring_rows(x).contiguous()
     x_gradient = rows.new_empty(x.shape)
     weight_gradient = rows.new_empty(weight.shape, dtype=torch.float32)
     extension.rms_norm_backward(
         rows,
         weight.contiguous(),
         inverse_rms,
-        _rows(gradient).contiguous(),
-        None if total_gradient is None else _rows(total_gradient).contiguous(),
+        neighbouring_rows(gradient).contiguous(),
+        None if total_gradient is None else neighbouring_rows(total_gradient).contiguous(),
         x_gradient.view(rows.shape),
         weight_gradient,
     )

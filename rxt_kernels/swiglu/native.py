@@ -7,17 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rxt_kernels.native_runtime import extension, is_plain_call, unsupported_tensors
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x as rows of neighbouring values: a view where that is possible."""
-    rows = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+from rxt_kernels.native_runtime import extension, is_plain_call, neighbouring_rows, unsupported_tensors
 
 
 def _forward(x: Tensor) -> Tensor:
-    rows = _rows(x)
+    rows = neighbouring_rows(x)
     count, width = rows.shape
     out = rows.new_empty((count, width // 2))
     extension.swiglu_forward(rows, out)
@@ -31,9 +25,9 @@ def _swiglu(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("rxt_kernels::swiglu_backward_native", mutates_args=())
 def _backward(gradient: Tensor, x: Tensor) -> Tensor:
-    rows = _rows(x)
+    rows = neighbouring_rows(x)
     x_gradient = x.new_empty(x.shape)
-    extension.swiglu_backward(_rows(gradient), rows, x_gradient.view(rows.shape))
+    extension.swiglu_backward(neighbouring_rows(gradient), rows, x_gradient.view(rows.shape))
     return x_gradient
 
 
