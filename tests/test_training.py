@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from rxt_model.demo_model import load_demo_model
 from rxt_model.models import RxTAlpha
 from rxt_model.tokenizer import Tokenizer, train_tokenizer
-from rxt_model.training import memory_aware
+from rxt_model.training import facts, memory_aware
 from rxt_model.training.demo import (
     DemoShape,
     Phase,
@@ -25,10 +26,11 @@ from rxt_model.training.demo import (
 from rxt_model.training.dialogue import SMALL_TALK_TURNS, load_dialogue
 from rxt_model.training.episodes import EpisodeBatch, EpisodeWriter, Turn, batch_episodes
 from rxt_model.training.fact_values import VALUES
-from rxt_model.training.facts import ATTRIBUTES, UNKNOWN_ANSWER, Wording, attribute_named, values_in_answer
+from rxt_model.training.facts import ATTRIBUTES, UNKNOWN_ANSWER, attribute_named, values_in_answer
 from rxt_model.training.history import history_objective
 from rxt_model.training.loop import make_optimizer, train, training_batch
 from rxt_model.training.memory_aware import episode_loss, initial_memory, unroll_memory
+from rxt_model.training.messages import Wording
 from rxt_model.training.recall import (
     RecallReport,
     measure_history_recall,
@@ -36,6 +38,7 @@ from rxt_model.training.recall import (
     save_report,
     wilson_interval,
 )
+from rxt_model.training.sentences import SPLITS, VARIETIES, read_sections, sentences
 from rxt_model.training.settings import Stage, TrainingSettings, learning_rate
 from rxt_model.training.workers import ShardGradients
 
@@ -67,8 +70,9 @@ def model(tokenizer: Tokenizer) -> RxTAlpha:
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
-def test_held_out_wording_is_never_in_training() -> None:
-    train_wording, held_out = Wording("train"), Wording("held_out")
+@pytest.mark.parametrize("variety", VARIETIES)
+def test_held_out_wording_is_never_in_training(variety: str) -> None:
+    train_wording, held_out = Wording("train", variety), Wording("held_out", variety)
     for name in ("tells", "asks", "updates"):
         for attribute in ATTRIBUTES:
             seen, unseen = getattr(train_wording, name)[attribute.key], getattr(held_out, name)[attribute.key]
@@ -80,6 +84,59 @@ def test_held_out_wording_is_never_in_training() -> None:
         assert not set(getattr(train_wording, name)) & set(getattr(held_out, name))
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_full_wording_adds_to_plain_wording_and_moves_nothing_across_the_split(split: str) -> None:
+    plain, full = Wording(split, "plain"), Wording(split, "full")
+    for attribute in ATTRIBUTES:
+        for name in ("tells", "asks", "updates"):
+            few, many = getattr(plain, name)[attribute.key], getattr(full, name)[attribute.key]
+            assert many[: len(few)] == few
+            assert len(many) > 2 * len(few), (name, attribute.key)
+    for name in ("tell_frames", "update_frames", "ask_frames", "pairs", "small_talk"):
+        assert set(getattr(plain, name)) < set(getattr(full, name))
+
+
+WORDING_FILES = sorted(path.stem for path in (Path(facts.__file__).parent / "wording").glob("*.txt"))
+PLACES = {  # what one sentence of a section must hold once
+    "clause": r"\{[va]\}",
+    "tell frame": r"\{[xX]\}",
+    "update frame": r"\{[xX]\}",
+    "ask frame": r"\{[dDi]\}",
+}
+
+
+@pytest.mark.parametrize("name", WORDING_FILES)
+def test_sentences_hold_what_they_must_once_and_no_value_of_a_fact(name: str) -> None:
+    about = [attribute for attribute in ATTRIBUTES if attribute.wording == name] or ATTRIBUTES
+    values = {value for attribute in about for value in attribute.values}
+    for section, found in read_sections(name).items():
+        kind = section.removesuffix(" more")
+        assert kind in ("tell", "ask", "update", "small talk")
+        assert len({text.lower() for text in found}) >= 0.9 * len(
+            found
+        )  # a frame may stand more than once, to be frequent
+        for text in found:
+            where = f"{name} [{section}] {text}"
+            words = re.sub(r"\{\w+\}", " ", text.split("|")[-1] if name == "pairs" else text)
+            assert not set(re.findall(r"[A-Za-z]+", words)) & values, where
+            if kind == "small talk" or (kind == "ask" and name != "frames"):
+                assert not re.search(r"\{[vaxXdDi]\}", text), where
+            elif name == "pairs":
+                assert len(re.findall(r"\{a?0\}", text)) == len(re.findall(r"\{a?1\}", text)) == 1, where
+                assert {attribute_named(key).key for key in text.split("|")[0].split()}, where
+            else:
+                place = PLACES[f"{kind} frame" if name == "frames" else "clause"]
+                assert len(re.findall(place, text)) == 1, where
+
+
+def test_a_section_that_goes_on_repeats_nothing() -> None:
+    for name in WORDING_FILES:
+        sections = read_sections(name)
+        for section in [section for section in sections if section.endswith(" more")]:
+            before = {text.lower() for text in sections[section.removesuffix(" more")]}
+            assert not before & {text.lower() for text in sections[section]}, (name, section)
+
+
 def test_there_are_hundreds_of_values_and_many_attributes() -> None:
     assert len({value for values in VALUES.values() for value in values}) > 900
     assert len(ATTRIBUTES) >= 20
@@ -88,7 +145,7 @@ def test_there_are_hundreds_of_values_and_many_attributes() -> None:
         assert len(set(attribute.values)) == len(attribute.values)
 
 
-@pytest.mark.parametrize("split", ["train", "held_out"])
+@pytest.mark.parametrize("split", SPLITS)
 def test_messages_hold_the_value_they_state_and_questions_do_not(split: str) -> None:
     rng, wording = random.Random(0), Wording(split)
     for attribute in ATTRIBUTES:
@@ -390,6 +447,9 @@ def test_checkpoints_that_do_not_belong_are_refused(
         (lambda: ShardGradients(torch.nn.Linear(1, 1), _failing_shard, shards=1, workers=0), "workers"),
         (lambda: TrainingSettings(stages=()), "stages"),
         (lambda: Wording("test"), "split"),
+        (lambda: Wording("train", "rich"), "variety"),
+        (lambda: sentences("name", "answer", "train"), "section"),
+        (lambda: Phase(SHORT, variety="rich"), "variety"),
         (lambda: attribute_named("shoe size"), "attribute"),
         (lambda: load_dialogue(max_words=0), "max_words"),
         (lambda: load_dialogue(max_reply_words=0), "max_reply_words"),

@@ -23,10 +23,12 @@ from rxt_model.tokenizer import Tokenizer, train_tokenizer
 from .dialogue import SMALL_TALK_TURNS, DialogueTurns, load_dialogue
 from .episodes import EpisodeWriter
 from .fact_values import VALUES
-from .facts import ATTRIBUTES, UNKNOWN_ANSWER, Wording
+from .facts import ATTRIBUTES, UNKNOWN_ANSWER
 from .history import history_objective
 from .loop import train
 from .memory_aware import StepResult
+from .messages import Wording
+from .sentences import VARIETIES
 from .settings import Stage, TrainingSettings
 
 __all__ = [
@@ -75,17 +77,21 @@ class Phase:
     Attributes:
         settings: curriculum and rates.
         until: share of its steps after which the next phase takes over.
+        variety: wording of its conversations, ``"plain"`` or ``"full"``, see :mod:`rxt_model.training.sentences`.
 
     Raises:
-        ValueError: ``until`` is not above 0 and at most 1.
+        ValueError: ``until`` is not above 0 and at most 1, or for another variety.
     """
 
     settings: TrainingSettings
     until: float = 1.0
+    variety: str = "full"
 
     def __post_init__(self) -> None:
         if not 0.0 < self.until <= 1.0:
             raise ValueError(f"until must be above 0 and at most 1; it was {self.until}.")
+        if self.variety not in VARIETIES:
+            raise ValueError(f"variety must be one of {', '.join(VARIETIES)}; it was {self.variety!r}.")
 
     @property
     def steps(self) -> int:
@@ -110,11 +116,27 @@ DEMO_PHASES = (
             ),
         ),
         until=0.64,
+        variety="plain",
     ),
     Phase(
         TrainingSettings(
             steps=2400,
             learning_rate=5e-4,
+            final_learning_rate=0.02,
+            warmup_steps=40,
+            stages=(
+                Stage(
+                    1.00, (4, 8, 12, 18), 216, 13,
+                    statement_rows=0.6, chat_rows=0.4, emphasis="answers", mistakes=0.35, changes=0.45,
+                ),
+            ),
+        ),
+        variety="plain",
+    ),
+    Phase(
+        TrainingSettings(
+            steps=3000,
+            learning_rate=6e-4,
             final_learning_rate=0.02,
             warmup_steps=40,
             stages=(
@@ -136,7 +158,7 @@ went on at 1e-3 forgot within a hundred steps what it could do."""
 def _tokenizer_texts(dialogue: DialogueTurns, seed: int) -> Iterator[str]:
     """Training texts, with the values of facts often enough that most become one token."""
     rng = random.Random(f"{seed}/tokenizer")
-    wording = Wording("train")
+    wording = Wording("train", "plain")
     for _ in range(20000):
         attribute = rng.choice(ATTRIBUTES)
         value = rng.choice(attribute.values)
@@ -366,7 +388,6 @@ def train_demo(
         raise ValueError("start has weights of another type than float32; load it with dtype=torch.float32.")
     else:
         model, tokenizer, first = start, start.tokenizer, len(phases) - 1
-    writer = EpisodeWriter.for_split("train", dialogue)
     for number in range(first, len(phases)):
         before = sum(counts[first:number])
 
@@ -378,7 +399,7 @@ def train_demo(
         train(
             model,
             tokenizer,
-            writer,
+            EpisodeWriter.for_split("train", dialogue, phases[number].variety),
             settings,
             checkpoint=_state_of(directory, number + 1),
             resume=resume,

@@ -16,7 +16,8 @@ from torch import Tensor
 from rxt_model.tokenizer import Tokenizer
 
 from .dialogue import SMALL_TALK_TURNS, DialogueTurns
-from .facts import ATTRIBUTES, UNKNOWN_ANSWER, Wording, attribute_named
+from .facts import ATTRIBUTES, UNKNOWN_ANSWER, attribute_named
+from .messages import Wording
 
 __all__ = ["EpisodeBatch", "EpisodeWriter", "Turn", "batch_episodes", "encode_turn"]
 
@@ -82,9 +83,9 @@ class EpisodeWriter:
         self.dialogue = tuple(dialogue) or SMALL_TALK_TURNS
 
     @classmethod
-    def for_split(cls, split: str, dialogue: DialogueTurns) -> EpisodeWriter:
-        """The writer for ``"train"`` or ``"held_out"``."""
-        return cls(Wording(split), dialogue.train if split == "train" else dialogue.held_out)
+    def for_split(cls, split: str, dialogue: DialogueTurns, variety: str = "full") -> EpisodeWriter:
+        """The writer for ``"train"`` or ``"held_out"``, in ``"plain"`` or ``"full"`` wording."""
+        return cls(Wording(split, variety), dialogue.train if split == "train" else dialogue.held_out)
 
     def episode(self, rng: random.Random, turns: int, *, max_facts: int = 12, changes: float = 0.25) -> list[Turn]:
         """A training episode: statements, changes, questions and chat in random proportions, ending in a question.

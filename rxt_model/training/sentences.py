@@ -1,0 +1,89 @@
+"""Reads the sentences of the folder ``wording``, and divides them into those of training and those held out.
+
+A file has sections, ``[tell]`` for example, of one sentence per line; ``#`` begins a comment. A section ``[tell more]``
+goes on with ``[tell]``. The first are the *plain* wording that training begins with, both together the *full* one.
+
+One sentence in five is **held out**: never seen in training, and recall is measured on held-out ones alone. The draw is
+made from a fixed seed, not chosen by hand, and in every section by itself: a sentence that is added to a section named
+``more`` moves no other across the line.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+
+__all__ = ["SPLITS", "VARIETIES", "Sections", "read_sections", "sentences"]
+
+SPLITS = ("train", "held_out")
+VARIETIES = ("plain", "full")
+HELD_OUT_SHARE = 0.2
+_SPLIT_SEED = 20251123
+
+Sections = dict[str, tuple[str, ...]]
+
+
+@cache
+def read_sections(name: str) -> Sections:
+    """The sections of one file, by their names.
+
+    Raises:
+        ValueError: for a sentence before the first section, or a section that stands twice.
+
+    Example:
+        >>> "my name is {v}" in read_sections("name")["tell"]
+        True
+    """
+    sections: dict[str, list[str]] = {}
+    lines: list[str] | None = None
+    text = (resources.files("rxt_model.training") / "wording" / f"{name}.txt").read_text(encoding="utf-8")
+    for line in map(str.strip, text.splitlines()):
+        if not line or line.startswith("#"):
+            continue
+        if line.startswith("["):
+            section = line.strip("[]")
+            if section in sections:
+                raise ValueError(f"The section [{section}] stands twice in wording/{name}.txt; join the two.")
+            lines = sections[section] = []
+        elif lines is None:
+            raise ValueError(f"wording/{name}.txt begins with a sentence; put a section such as [tell] before it.")
+        else:
+            lines.append(line)
+    return {section: tuple(found) for section, found in sections.items()}
+
+
+def _divide(items: Sequence[str], split: str, salt: str) -> list[str]:
+    """The sentences of one side, in the order of the file; one that is repeated to be more frequent is of training."""
+    single = [item for item in items if items.count(item) == 1]
+    order = list(range(len(single)))
+    random.Random(f"{_SPLIT_SEED}/{salt}").shuffle(order)
+    held_out = max(1, round(len(single) * HELD_OUT_SHARE))
+    chosen = [single[index] for index in sorted(order[held_out:] if split == "train" else order[:held_out])]
+    return chosen + [item for item in items if items.count(item) > 1] if split == "train" else chosen
+
+
+def sentences(name: str, section: str, split: str, variety: str = "full", *, salt: str = "") -> list[str]:
+    """The sentences of a section and, in the ``"full"`` variety, of the one that goes on with it.
+
+    Args:
+        name: file in the folder ``wording``, without its ending.
+        section: for example ``"tell"``.
+        split: ``"train"`` or ``"held_out"``.
+        variety: ``"plain"`` or ``"full"``.
+        salt: what the draw is made with; by default file and section.
+
+    Raises:
+        ValueError: for another split or variety, or a section that the file lacks.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be 'train' or 'held_out'; it was {split!r}.")
+    if variety not in VARIETIES:
+        raise ValueError(f"variety must be 'plain' or 'full'; it was {variety!r}.")
+    sections, salt = read_sections(name), salt or f"{name}/{section}"
+    if section not in sections:
+        raise ValueError(f"wording/{name}.txt has no section [{section}]; it has {', '.join(sections)}.")
+    chosen = _divide(sections[section], split, salt)
+    further = sections.get(f"{section} more", ())
+    return chosen + _divide(further, split, f"{salt} more") if further and variety == "full" else chosen
