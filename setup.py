@@ -106,7 +106,7 @@ def ninja_file(target: Path, sets: list[str]) -> str:
         objects.append(f"{folder}/{source.relative_to(SOURCES).with_suffix('.o')}")
         lines.extend([f"build {objects[-1]}: compile {source}{after}", f"  more = {more}"])
 
-    patterns = ("bindings.cpp", "core/*.cpp", "*/bindings.cpp", "decode/engine.cpp")
+    patterns = ("bindings.cpp", "core/*.cpp", "*/bindings.cpp", "decode/engine.cpp", "memory_update/write.cpp")
     once = [source for pattern in patterns for source in sorted(SOURCES.glob(pattern))]
     kernels = sorted(set(SOURCES.glob("*/*.cpp")) - set(once))
     # Where the compiler looks first for core/python.h, it finds the precompiled one; clang looks on.

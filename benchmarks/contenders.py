@@ -23,7 +23,7 @@ from rxt_kernels.dispatch import available_backends, explain, operations, use_ba
 from rxt_kernels.mixture_of_experts import route
 from rxt_model.decoder import RxTDecoder
 from rxt_model.interaction.decoding import CachedDecoding
-from rxt_model.interaction.engine import decoder_weights
+from rxt_model.interaction.weights import decoder_weights
 from rxt_model.layers.mixture_of_experts import PerExpertMixtureOfExperts, StackedMixtureOfExperts
 from rxt_model.models import ReactiveTransformer
 from rxt_model.presets import build, preset

@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rxt_kernels import triton_runtime, use_backend
 from rxt_kernels.decode import CudaGraphEngine
 from rxt_model.files import atomic_path
-from rxt_model.interaction.engine import decoder_weights
+from rxt_model.interaction.weights import decoder_weights
 from rxt_model.models import ReactiveTransformer, RxTAlpha, RxTBeta
 from rxt_model.presets import PRESETS, preset
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rxt_kernels.dispatch import use_backend
+from rxt_model.interaction.encoding import encode
 from rxt_model.models import ReactiveTransformer
 from rxt_model.presets import parameter_counts
 
@@ -44,9 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _written(model: ReactiveTransformer, tokens: Tensor, memory: Tensor) -> Tensor:
-    """The memory (L, 1, S, D) after an interaction."""
-    updated: Tensor = model.memory_attention(model.encoder(tokens), None, memory)
+def _written(model: ReactiveTransformer, tokens: Tensor, memory: Tensor, *, as_talking: bool = False) -> Tensor:
+    """The memory (L, 1, S, D) after an interaction, encoded by modules or as a conversation does it."""
+    encoded = encode(model.encoder, tokens) if as_talking else model.encoder(tokens)
+    updated: Tensor = model.memory_attention(encoded, None, memory)
     return updated
 
 
@@ -54,7 +56,7 @@ def _task(models: Models, tokens: Tensor, memory: Tensor, backend: str, dtype: s
     needs_backend(backend, dtype)
     kind = torch_dtype(dtype)
     model, own = models.of(kind), memory.to(kind)
-    write: Callable[[], Tensor] = partial(_written, model, tokens, own)
+    write: Callable[[], Tensor] = partial(_written, model, tokens, own, as_talking=backend == NATIVE)
     if backend == COMPILED:
         write = compiled(write)
 

@@ -31,7 +31,8 @@ from rxt_kernels.decode import (
 from rxt_kernels.decode.cuda_graph import capture_cuda_graph
 from rxt_kernels.dispatch import operations
 from rxt_model.interaction.decoding import padded
-from rxt_model.interaction.engine import MODULES, choose_engine, decoder_weights
+from rxt_model.interaction.engine import MODULES, choose_engine
+from rxt_model.interaction.weights import decoder_weights
 from rxt_model.models import ReactiveTransformer
 
 Maker = Callable[..., EagerEngine]
@@ -363,7 +364,10 @@ def test_a_model_on_the_cpu_is_decoded_natively() -> None:
     model = make("dense")
     if native_runtime.available():
         assert choose_engine(model.decoder).engine == "native"
-        assert model.explain() == "Answers are decoded by the native engine: it can decode this model on cpu."
+        assert model.explain() == (
+            "Answers are decoded by the native engine: it can decode this model on cpu. Interactions are encoded by the "
+            "native encoder."
+        )
         assert choose_engine(model.double().decoder) == (
             MODULES, "a tensor is torch.float64; native kernels take float32 and bfloat16.",
         )  # fmt: skip
@@ -371,7 +375,7 @@ def test_a_model_on_the_cpu_is_decoded_natively() -> None:
     else:
         assert choose_engine(model.decoder) == (MODULES, native_runtime.unavailable())
     model.decode_engine = "eager"
-    assert model.explain() == "Answers are decoded by the eager engine: it was asked for."
+    assert model.explain().startswith("Answers are decoded by the eager engine: it was asked for. Interactions are ")
     model.decode_engine = "cuda_graph"
     with refusal(ValueError, "decode_engine='cuda_graph'", "on cpu"):
         model.explain()
@@ -456,8 +460,8 @@ def test_answers_of_recorded_steps_are_those_of_the_modules(monkeypatch: pytest.
     model = make("alpha", DEVICE)
     true = talk(model, MODULES, turns=2)
     model.decode_engine = "auto"
-    assert (
-        model.explain() == f"Answers are decoded by the cuda_graph engine: it can decode this model on {model.device}."
+    assert model.explain().startswith(
+        f"Answers are decoded by the cuda_graph engine: it can decode this model on {model.device}. Interactions are "
     )
     assert talk(model, "auto", turns=2) == true
 

@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from rxt_kernels.decode import ENGINES, EagerEngine, decode_engine, supports
 from rxt_model import RxTAlpha, RxTBeta, SparseQueryTransformer, StatelessConfig
-from rxt_model.interaction.engine import decoder_weights
 from rxt_model.interaction.stateless_conversation import StatelessConversation
+from rxt_model.interaction.weights import decoder_weights
 
 PROMPT = messages([9])[0]
 

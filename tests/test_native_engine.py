@@ -23,7 +23,8 @@ from rxt_kernels.decode import (
 )
 from rxt_model.demo_model import load_demo_model
 from rxt_model.interaction.decoding import padded
-from rxt_model.interaction.engine import choose_engine, decoder_weights
+from rxt_model.interaction.engine import choose_engine
+from rxt_model.interaction.weights import decoder_weights
 from rxt_model.models import ReactiveTransformer
 
 pytestmark = pytest.mark.usefixtures("every_instruction_set")
@@ -227,7 +228,8 @@ def test_weights_are_packed_as_the_model_is_told() -> None:
     model = make("beta")
     model.decode_weights = "int8"
     assert model.explain() == (
-        "Answers are decoded by the native engine with weights in int8: it can decode this model on cpu."
+        "Answers are decoded by the native engine with weights in int8: it can decode this model on cpu. "
+        "Interactions are encoded by the native encoder."
     )
     assert len(list(model.interact(torch.tensor(messages([4])), max_seq_len=20, temperature=0.0))) > 2
     model.decode_engine = "modules"

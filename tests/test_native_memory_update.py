@@ -300,3 +300,35 @@ def test_refusals() -> None:
             extension.residual_gate_backward(*good[:10], before, x, *gradients)
     with pytest.raises(ValueError, match="scale and gate are given always"):
         extension.memory_norm(x, True, torch.ones(4), torch.ones(1), None, None, None, False, False, x.clone())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_call_and_its_parts_agree(variant: str) -> None:
+    """Without gradients all layers are written by one call, with them part by part."""
+    for batch, slots, time, masked in ((1, 70, 130, False), (2, 9, 7, True), (1, 3, 1, False)):
+        layers, mean_norm = make_memory_update_layers(
+            variant, 4, slots, 32, query_heads=4, key_value_heads=2, generator=torch.Generator().manual_seed(3)
+        )
+        inputs = {
+            "memory": _draw(4, 1, slots, 32), "encoded": _draw(4, batch, time, 32, seed=1), "layers": layers,
+            "variant": variant, "mean_norm": mean_norm, "groups": 2 if variant == "grouped-self-interlayer" else 1,
+            "key_mask": torch.arange(time) < torch.tensor([[time], [2]]) if masked else None,
+        }  # fmt: skip
+        with torch.no_grad():
+            whole = memory_update(**inputs, backend="native")
+        parts = memory_update(**{**inputs, "encoded": inputs["encoded"].requires_grad_()}, backend="native")
+        assert parts.requires_grad
+        torch.testing.assert_close(whole, parts.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_bits_of_an_update_do_not_depend_on_threads() -> None:
+    inputs = _update("gated-self-interlayer")
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(_run(inputs, torch.float32, "native"))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

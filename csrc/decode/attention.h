@@ -224,7 +224,7 @@ inline void attend_to_cache(const Step& step, const Team& team, const Attention&
             for (int64_t head = 0; head < cache.heads; ++head)
                 if (task++ % team.threads == team.thread)
                     attend(step, attention, HeadOfCache<Stored>(cache, row, head), head, t, last - t < block ? last - t : block,
-                           [&](int64_t i) { return step.positions[i] + 1; }, scores);
+                           [&](int64_t i) { return step.positions[step.model->causal ? i : last - 1] + 1; }, scores);
     }
 }
 

@@ -11,6 +11,8 @@ void bind_decode(py::module_& module) {
         .def("set_memory", &Engine::set_memory, py::arg("memory"), py::arg("threads"))
         .def("step", &Engine::step, py::arg("tokens"), py::arg("rows"), py::arg("positions"), py::arg("logits"),
              py::arg("threads"))
+        .def("encode", &Engine::encode, py::arg("tokens"), py::arg("rows"), py::arg("positions"), py::arg("states"),
+             py::arg("threads"))
         .def_property_readonly("allocations", &Engine::allocations)
         .def_property_readonly("capacity", &Engine::capacity);
 }

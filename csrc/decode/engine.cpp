@@ -232,10 +232,13 @@ Engine::Engine(const py::dict& decoder, int64_t rows, const std::string& stored)
     }
     model_.layers = layers_.data();
     model_.layer_count = static_cast<int64_t>(layers_.size());
-    model_.has_head_norm = !decoder["head_norm"].is_none();
-    if (model_.has_head_norm) model_.head_norm = norm(decoder["head_norm"], "head_norm");
-    model_.head = matrix(decoder["head"], "head", model_.width);
-    if (model_.head.outputs != model_.vocabulary) throw py::value_error("the head and the embedding differ in vocabulary.");
+    model_.causal = !decoder["head"].is_none();
+    if (model_.causal) {
+        model_.has_head_norm = !decoder["head_norm"].is_none();
+        if (model_.has_head_norm) model_.head_norm = norm(decoder["head_norm"], "head_norm");
+        model_.head = matrix(decoder["head"], "head", model_.width);
+        if (model_.head.outputs != model_.vocabulary) throw py::value_error("the head and the embedding differ in vocabulary.");
+    }
     segments_.resize(rows + 1);
     reserve_tokens(decoder["capacity"].cast<int64_t>());
 }
@@ -347,59 +350,98 @@ void Engine::set_memory(const py::object& memory, int threads) {
     kernel(arguments);
 }
 
-void Engine::step(const py::object& tokens, const py::object& rows, const py::object& positions, const py::object& logits,
-                  int threads) {
-    const Tensor ids = Tensor::from_torch(tokens, "tokens");
-    ids.expect(DType::int64).expect_dimensions(1).expect_contiguous();
-    const int64_t count = ids.size(0);
-    const Tensor row_of = Tensor::from_torch(rows, "rows"), place_of = Tensor::from_torch(positions, "positions");
-    row_of.expect(DType::int64).expect_shape({count}).expect_contiguous();
-    place_of.expect(DType::int64).expect_shape({count}).expect_contiguous();
-    const Tensor out = Tensor::from_torch(logits, "logits");
-    out.expect(DType::float32).expect_shape({rows_, model_.vocabulary}).expect_contiguous_rows();
-    if (count < 1) throw py::value_error("tokens are none; accepted is at least one.");
+Engine::Tokens Engine::checked(const py::object& tokens, const py::object& rows, const py::object& positions, int threads) const {
+    Tokens given{Tensor::from_torch(tokens, "tokens"), Tensor::from_torch(rows, "rows"), Tensor::from_torch(positions, "positions"), 0, 0};
+    given.ids.expect(DType::int64).expect_dimensions(1).expect_contiguous();
+    given.count = given.ids.size(0);
+    given.rows.expect(DType::int64).expect_shape({given.count}).expect_contiguous();
+    given.positions.expect(DType::int64).expect_shape({given.count}).expect_contiguous();
+    if (given.count < 1) throw py::value_error("tokens are none; accepted is at least one.");
     if (threads < 1) throw py::value_error("threads is below 1.");
-    const auto* id = ids.data_as<int64_t>();
-    const auto* row = row_of.data_as<int64_t>();
-    const auto* place = place_of.data_as<int64_t>();
-    int64_t longest = 0;
-    for (int64_t t = 0; t < count; ++t) {
+    const int64_t *id = given.id(), *row = given.row(), *place = given.place();
+    for (int64_t t = 0; t < given.count; ++t) {
         if (id[t] < 0 || id[t] >= model_.vocabulary) {
             throw py::value_error("tokens has " + std::to_string(id[t]) + "; accepted are 0 to " +
                                   std::to_string(model_.vocabulary - 1) + ".");
         }
         const bool follows = t > 0 && row[t] == row[t - 1] && place[t] == place[t - 1] + 1;
         const bool begins = row[t] < rows_ && (t == 0 ? row[t] >= 0 : row[t] > row[t - 1]);
-        if (place[t] < 0 || (!follows && !begins)) {
+        if (place[t] < 0 || (!follows && !begins) || (!model_.causal && !follows && place[t] != 0)) {
             throw py::value_error("rows and positions: the tokens of a row stand together, in rising position, and rows rise "
-                                  "from 0 to " + std::to_string(rows_ - 1) + ".");
+                                  "from 0 to " + std::to_string(rows_ - 1) + "; those of an encoder begin at position 0.");
         }
-        longest = at_least(longest, place[t] + 1);
+        given.longest = at_least(given.longest, place[t] + 1);
     }
     if (!layers_.empty() && memory_.empty()) {
         for (const Layer& layer : layers_)
             if (layer.reads_memory) throw py::value_error("this engine was given no memory; call set_memory first.");
     }
+    return given;
+}
+
+void Engine::make_room(const Tokens& given, int64_t at_once, int threads) {
+    if (given.longest > capacity()) {
+        int64_t room = at_least(capacity(), panel_width);
+        while (room < given.longest) room *= 2;
+        reserve_tokens(room);
+    }
+    reserve_scratch(given.count < at_once ? at_least(given.count, rows_) : at_once, at_least(slots_, capacity()), threads);
+}
+
+Step Engine::part(const Tokens& given, int64_t first, int64_t last, int threads) {
+    const int64_t* row = given.row();
+    int64_t segments = 0;
+    for (int64_t t = first; t < last; ++t)
+        if (t == first || row[t] != row[t - 1]) segments_[segments++] = t - first;
+    segments_[segments] = last - first;
+    return {&model_, stored_, cache_.data(), memory_.data(), memory_rows_, slots_, work_, threads, last - first,
+            given.id() + first, row + first, given.place() + first, segments, segments_.data(), 0, nullptr, 0, nullptr, 0, 0};
+}
+
+void Engine::step(const py::object& tokens, const py::object& rows, const py::object& positions, const py::object& logits,
+                  int threads) {
+    const Tokens given = checked(tokens, rows, positions, threads);
+    const Tensor out = Tensor::from_torch(logits, "logits");
+    out.expect(DType::float32).expect_shape({rows_, model_.vocabulary}).expect_contiguous_rows();
+    if (!model_.causal) throw py::value_error("this is an encoder, which has no next token; call encode.");
     const auto kernel = RXT_KERNEL(decode_step);
     py::gil_scoped_release released;
     const std::lock_guard<std::mutex> lock(busy_);
-    if (longest > capacity()) {
-        int64_t room = at_least(capacity(), panel_width);
-        while (room < longest) room *= 2;
-        reserve_tokens(room);
-    }
-    reserve_scratch(count < tokens_at_once ? at_least(count, rows_) : tokens_at_once, at_least(slots_, capacity()), threads);
+    make_room(given, tokens_at_once, threads);
     // A long message goes in parts; one may end in the middle of a row, whose logits come with a later part.
-    for (int64_t first = 0; first < count;) {
-        const int64_t last = count - first < work_.tokens ? count : first + work_.tokens;
-        int64_t segments = 0;
-        for (int64_t t = first; t < last; ++t)
-            if (t == first || row[t] != row[t - 1]) segments_[segments++] = t - first;
-        segments_[segments] = last - first;
-        const bool goes_on = last < count && row[last] == row[last - 1];
-        const Step arguments{&model_, stored_, cache_.data(), memory_.data(), memory_rows_, slots_, work_, threads,
-                             last - first, id + first, row + first, place + first, segments, segments_.data(),
-                             segments - (goes_on ? 1 : 0), out.data_as<float>(), out.stride(0)};
+    for (int64_t first = 0; first < given.count;) {
+        const int64_t last = given.count - first < work_.tokens ? given.count : first + work_.tokens;
+        Step arguments = part(given, first, last, threads);
+        const bool goes_on = last < given.count && given.row()[last] == given.row()[last - 1];
+        arguments.finished_segments = arguments.segment_count - (goes_on ? 1 : 0);
+        arguments.logits = out.data_as<float>();
+        arguments.logits_stride = out.stride(0);
+        kernel(arguments);
+        first = last;
+    }
+}
+
+void Engine::encode(const py::object& tokens, const py::object& rows, const py::object& positions, const py::object& states,
+                    int threads) {
+    const Tokens given = checked(tokens, rows, positions, threads);
+    const Tensor out = Tensor::from_torch(states, "states");
+    out.expect(DType::float32).expect_shape({model_.layer_count, rows_, -1, model_.width}).expect_contiguous();
+    if (out.size(2) < given.longest) throw py::value_error("states has less room than there are tokens in a row.");
+    if (model_.causal) throw py::value_error("this is a decoder; call step.");
+    const auto kernel = RXT_KERNEL(decode_step);
+    py::gil_scoped_release released;
+    const std::lock_guard<std::mutex> lock(busy_);
+    make_room(given, at_least(tokens_at_once, given.longest), threads);
+    // Whole rows at a time, since every token sees all of its row.
+    const int64_t* row = given.row();
+    for (int64_t first = 0; first < given.count;) {
+        int64_t last = first;
+        for (int64_t t = first; t < given.count && t - first < work_.tokens; ++t)
+            if (t + 1 == given.count || row[t + 1] != row[t]) last = t + 1;
+        Step arguments = part(given, first, last, threads);
+        arguments.states = out.data_as<float>();
+        arguments.state_layer_stride = out.stride(0);
+        arguments.state_row_stride = out.stride(1);
         kernel(arguments);
         first = last;
     }

@@ -38,6 +38,11 @@ public:
     void step(const pybind11::object& tokens, const pybind11::object& rows, const pybind11::object& positions,
               const pybind11::object& logits, int threads);
 
+    // What an encoder makes of tokens that begin at position 0 of their rows: states (L, rows, T, D) after every layer. Only positions
+    // of tokens are written.
+    void encode(const pybind11::object& tokens, const pybind11::object& rows, const pybind11::object& positions,
+                const pybind11::object& states, int threads);
+
     int64_t allocations() const { return caches_.count() + memories_.count() + scratch_.count(); }
     int64_t capacity() const { return cache_.empty() ? 0 : cache_[0].capacity; }
 
@@ -50,6 +55,19 @@ private:
     MemoryRead memory_read(const pybind11::dict& of);
     FeedForward feed_forward(const pybind11::dict& of);
     void add_experts(const pybind11::dict& of, std::vector<Expert>& experts);
+
+    // Tokens of a call: checked, with the largest position + 1.
+    struct Tokens {
+        Tensor ids, rows, positions;
+        int64_t count, longest;
+        const int64_t* id() const { return ids.data_as<int64_t>(); }
+        const int64_t* row() const { return rows.data_as<int64_t>(); }
+        const int64_t* place() const { return positions.data_as<int64_t>(); }
+    };
+    Tokens checked(const pybind11::object& tokens, const pybind11::object& rows, const pybind11::object& positions, int threads) const;
+    void make_room(const Tokens& given, int64_t at_once, int threads);
+    // Tokens [first, last) of a call as a step; fills segments_.
+    Step part(const Tokens& given, int64_t first, int64_t last, int threads);
 
     KeyValue key_value(Buffers& buffers, const Attention& like, int64_t rows, int64_t tokens);
     void reserve_tokens(int64_t needed);

@@ -68,6 +68,10 @@ struct Step {
     int64_t finished_segments;
     float* logits;  // (rows, logits_stride)
     int64_t logits_stride;
+
+    // The residual stream after every layer, at (layer, row, position); null where nobody asks for it.
+    float* states;
+    int64_t state_layer_stride, state_row_stride;
 };
 
 // The memory (layers, rows, slots, width) that keys and values are made of.

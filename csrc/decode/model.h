@@ -1,4 +1,4 @@
-// A decoder as its kernels see it: packed matrices and plain pointers, in the order in which a token meets them
+// A decoder, or an encoder, as its kernels see it: packed matrices and plain pointers, in the order in which a token meets them
 // (rxt_kernels/decode/weights.py has the same with torch tensors; the formulas are in rxt_kernels/decode/forward.py).
 #pragma once
 
@@ -92,9 +92,10 @@ struct Model {
     int64_t embedding_stride = 0;
     const Layer* layers = nullptr;
     int64_t layer_count = 0;
+    bool causal = true;  // else every token sees its whole row: an encoder
     bool has_head_norm = false;
     Norm head_norm;
-    PackedMatrix head;
+    PackedMatrix head;  // a decoder's
     const float* inverse_frequencies = nullptr;  // (rotary_pairs,) or null, where nothing is rotated
     int64_t rotary_pairs = 0;
     bool splits_pairs = false;   // a rotated pair goes to both halves of its head instead of side by side

@@ -48,6 +48,16 @@ void vocabulary_head(const Step& step, const Team& team) {
             });
 }
 
+void keep_states(const Step& step, const Team& team, float* states) {
+    const int64_t width = step.model->width;
+    const Range tokens = team.share(step.count);
+    for (int64_t t = tokens.first; t < tokens.last; ++t) {
+        const float* x = step.work.x + t * width;
+        float* own = states + step.rows[t] * step.state_row_stride + step.positions[t] * width;
+        for (int64_t i = 0; i < width; i += Float::lanes) store_up_to(own + i, load_up_to(x + i, width - i), width - i);
+    }
+}
+
 template <class Stored>
 void all_layers(const Step& step, const Team& team) {
     const Model& model = *step.model;
@@ -65,6 +75,8 @@ void all_layers(const Step& step, const Team& team) {
         if (layer.reads_memory)
             attention_stage<Stored>(step, team, layer.memory.attention, nullptr, step.memory + reads++);
         feed_forward_stage(step, team, layer.feed_forward);
+        // The next layer reads the stream and waits before it adds to it.
+        if (step.states != nullptr) keep_states(step, team, step.states + l * step.state_layer_stride);
     }
     if (step.finished_segments > 0) vocabulary_head(step, team);
 }

@@ -31,6 +31,22 @@ struct PackedProduct {
     int64_t out_stride;
 };
 
-RXT_FOR_EVERY_SET(void pack(const Pack&); void packed_product(const PackedProduct&);)
+// out (rows, outputs) = x (rows, inputs) @ weight^T + bias, in fp32, with the weight where it is.
+struct Projection {
+    int64_t rows, outputs, inputs;
+    const float* x;
+    int64_t x_stride;
+    DType weight_dtype;  // float32 or bfloat16
+    const void* weight;  // the inputs of an output are neighbours
+    int64_t output_stride;
+    const float* bias;  // or null
+    float* out;
+    int64_t out_stride;
+    float* packed;  // scratch, packed_elements(float32, outputs, inputs)
+};
+
+// Several projections at once, which do not depend on each other: threads share them all.
+RXT_FOR_EVERY_SET(void pack(const Pack&); void packed_product(const PackedProduct&);
+                  void project(const Projection* projections, int64_t count);)
 
 }  // namespace rxt

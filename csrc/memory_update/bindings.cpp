@@ -1,10 +1,15 @@
 #include "core/scratch.h"
 #include "core/tensor.h"
+#include "memory_update/gate_kinds.h"
 #include "memory_update/kernels.h"
 
 namespace py = pybind11;
 
 namespace rxt {
+
+void memory_write(const py::object& memory, const py::object& encoded, const py::list& layers, const py::object& mean_norm,
+                  int64_t groups, double epsilon, const py::object& key_mask, const py::object& cosine, const py::object& sine,
+                  bool split, const py::object& out);
 
 namespace {
 
@@ -22,14 +27,6 @@ std::optional<Tensor> parameter(const py::object& object, const char* name, int6
 }
 
 float* values_of(const std::optional<Tensor>& tensor) { return tensor ? tensor->data_as<float>() : nullptr; }
-
-GateKind gate_kind(const std::string& kind) {
-    if (kind == "add") return GateKind::add;
-    if (kind == "static") return GateKind::constant;
-    if (kind == "elementwise") return GateKind::elementwise;
-    if (kind == "linear") return GateKind::linear;
-    throw py::value_error("kind is '" + kind + "'; accepted are add, static, elementwise and linear.");
-}
 
 // The tensors of a call, kept alive beside the pointers to them.
 struct Gate {
@@ -171,6 +168,9 @@ void bind_norm_backward(const py::object& x, bool layer, const py::object& scale
 }  // namespace
 
 void bind_memory_update(py::module_& module) {
+    module.def("memory_write", &memory_write, py::arg("memory"), py::arg("encoded"), py::arg("layers"), py::arg("mean_norm"),
+               py::arg("groups"), py::arg("epsilon"), py::arg("key_mask"), py::arg("cosine"), py::arg("sine"),
+               py::arg("split"), py::arg("out"));
     module.def("residual_gate", &bind_gate, py::arg("old"), py::arg("new"), py::arg("kind"), py::arg("tanh"),
                py::arg("per_slot"), py::arg("weight"), py::arg("bias"), py::arg("status_weight"), py::arg("status_bias"),
                py::arg("status"), py::arg("before"), py::arg("out"));

@@ -76,7 +76,22 @@ struct MemoryNormBackward {
 
 constexpr int64_t memory_norm_row_values = 5;
 
+// out[i] = mean over `layers` layers, `layer_stride` apart, of `elements` values each.
+struct MeanOfLayers {
+    int64_t layers, layer_stride, elements;
+    const float* memory;
+    float* out;
+};
+
+// heads (rows, width) *= sigmoid(gate), where the gate has gate_rows rows that repeat.
+struct GatedHeads {
+    int64_t rows, gate_rows, width;
+    const float* gate;
+    float* heads;
+};
+
 RXT_FOR_EVERY_SET(void residual_gate(const ResidualGate&); void residual_gate_backward(const ResidualGateBackward&);
-                  void memory_norm(const MemoryNorm&); void memory_norm_backward(const MemoryNormBackward&);)
+                  void memory_norm(const MemoryNorm&); void memory_norm_backward(const MemoryNormBackward&);
+                  void mean_of_layers(const MeanOfLayers&); void gate_heads(const GatedHeads&);)
 
 }  // namespace rxt

@@ -7,9 +7,11 @@ from typing import Any
 from rxt_kernels.decode.cuda_graph import CudaGraphEngine
 from rxt_kernels.decode.engine import DecodeEngine, EagerEngine
 from rxt_kernels.decode.native import PRECISIONS, NativeEngine
+from rxt_kernels.decode.native_encoder import NativeEncoder
 from rxt_kernels.decode.weights import (
     DecoderLayerWeights,
     DecoderWeights,
+    EncoderWeights,
     ExpertWeights,
     FeedForwardWeights,
     MemoryReadWeights,
@@ -24,9 +26,11 @@ __all__ = [
     "DecoderLayerWeights",
     "DecoderWeights",
     "EagerEngine",
+    "EncoderWeights",
     "ExpertWeights",
     "FeedForwardWeights",
     "MemoryReadWeights",
+    "NativeEncoder",
     "NativeEngine",
     "NormWeights",
     "decode_engine",

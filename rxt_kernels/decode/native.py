@@ -18,7 +18,7 @@ from torch import Tensor
 from rxt_kernels import native_runtime
 from rxt_kernels.checks import refuse_device, refuse_shape, refuse_type, refuse_value
 from rxt_kernels.decode.engine import check_sizes
-from rxt_kernels.decode.weights import DecoderWeights, ExpertWeights
+from rxt_kernels.decode.weights import DecoderWeights, EncoderWeights, ExpertWeights
 from rxt_kernels.dispatch import preferred_backend
 
 __all__ = ["PRECISIONS", "NativeEngine"]
@@ -28,6 +28,25 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 _ACTIVATIONS = frozenset({"silu", "swish", "relu", "gelu", "sigmoid", "linear", "tanh"})
+
+
+def unsupported_network(weights: DecoderWeights | EncoderWeights) -> str | None:
+    """None, or why native engines do not compute with such layers here, in one sentence."""
+    if (preferred := preferred_backend()) not in ("auto", "native"):
+        return f"{preferred!r} is preferred in this block, and this engine is native."
+    if weights.gate_activation not in _ACTIVATIONS:
+        return f"the activation of gated attention is {weights.gate_activation!r}, which it does not have."
+    for layer in weights.layers:
+        network = layer.feed_forward
+        if network.activation not in _ACTIVATIONS:
+            return f"the activation {network.activation!r} is not among its own."
+        dtype = network.router_dtype if isinstance(network, ExpertWeights) else None
+        if dtype not in (None, torch.float32, weights.embedding.dtype):
+            return f"the router works in {dtype}; this engine routes in float32."
+        heads = {layer.attention.head_dim} | ({layer.memory_read.attention.head_dim} if layer.memory_read else set())
+        if weights.inverse_frequencies is not None and heads != {2 * len(weights.inverse_frequencies)}:
+            return f"heads have {sorted(heads)} values and are not rotated over all of them."
+    return None
 
 
 class NativeEngine:
@@ -99,25 +118,7 @@ class NativeEngine:
     @staticmethod
     def supports(weights: DecoderWeights) -> str | None:
         """None, or why this engine cannot decode with these weights, in one sentence."""
-        if (reason := native_runtime.unsupported_tensors(weights.embedding, weights.head)) is not None:
-            return reason
-        if (preferred := preferred_backend()) not in ("auto", "native"):
-            return f"{preferred!r} is preferred in this block, and this engine is native."
-        if weights.gate_activation not in _ACTIVATIONS:
-            return f"the activation of gated attention is {weights.gate_activation!r}, which it does not have."
-        for layer in weights.layers:
-            network = layer.feed_forward
-            if network.activation not in _ACTIVATIONS:
-                return f"the activation {network.activation!r} is not among its own."
-            dtype = network.router_dtype if isinstance(network, ExpertWeights) else None
-            if dtype not in (None, torch.float32, weights.embedding.dtype):
-                return f"the router works in {dtype}; this engine routes in float32."
-            heads = {layer.attention.head_dim} | (
-                {layer.memory_read.attention.head_dim} if layer.memory_read else set()
-            )
-            if weights.inverse_frequencies is not None and heads != {2 * len(weights.inverse_frequencies)}:
-                return f"heads have {sorted(heads)} values and are not rotated over all of them."
-        return None
+        return native_runtime.unsupported_tensors(weights.embedding, weights.head) or unsupported_network(weights)
 
     @property
     def rows(self) -> int:

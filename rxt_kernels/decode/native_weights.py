@@ -19,6 +19,7 @@ from rxt_kernels.decode.huge_pages import Arena
 from rxt_kernels.decode.weights import (
     DecoderLayerWeights,
     DecoderWeights,
+    EncoderWeights,
     ExpertWeights,
     FeedForwardWeights,
     MemoryReadWeights,
@@ -215,9 +216,7 @@ def _layer(layer: DecoderLayerWeights, packer: _Packer) -> dict[str, Any]:
     }
 
 
-def native_decoder(weights: DecoderWeights, precision: str) -> dict[str, Any]:
-    """What the engines of the extension share; they read it and hold no copy."""
-    packer = _Packer(precision)
+def _network(weights: DecoderWeights | EncoderWeights, packer: _Packer) -> dict[str, Any]:
     return {
         "embedding": weights.embedding.detach(),
         "inverse_frequencies": _values(weights.inverse_frequencies),
@@ -225,6 +224,19 @@ def native_decoder(weights: DecoderWeights, precision: str) -> dict[str, Any]:
         "rounds_angles": weights.rounds_angles and weights.embedding.dtype is torch.bfloat16,
         "gate_activation": weights.gate_activation,
         "layers": [_layer(layer, packer) for layer in weights.layers],
+    }
+
+
+def native_decoder(weights: DecoderWeights, precision: str) -> dict[str, Any]:
+    """What the engines of the extension share; they read it and hold no copy."""
+    packer = _Packer(precision)
+    return {
+        **_network(weights, packer),
         "head_norm": None if weights.head_norm is None else _norm(weights.head_norm),
         "head": packer.matrix(weights.head, weights.head_bias),
     }
+
+
+def native_encoder(weights: EncoderWeights, precision: str) -> dict[str, Any]:
+    """The same of an encoder."""
+    return {**_network(weights, _Packer(precision)), "head_norm": None, "head": None}

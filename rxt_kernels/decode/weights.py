@@ -79,6 +79,20 @@ class DecoderLayerWeights(NamedTuple):
     feed_forward: FeedForwardWeights | ExpertWeights
 
 
+class EncoderWeights(NamedTuple):
+    """A whole encoder: the same layers, in which every token sees all of its message."""
+
+    embedding: Tensor
+    """(V, D)."""
+    layers: tuple[DecoderLayerWeights, ...]
+    """Without memory reads."""
+    inverse_frequencies: Tensor | None
+    """As those of :class:`DecoderWeights`, like what follows."""
+    rotary_layout: str
+    rounds_angles: bool
+    gate_activation: str
+
+
 class DecoderWeights(NamedTuple):
     """A whole decoder."""
 

@@ -13,7 +13,7 @@ from rxt_model.checkpoint.inference import ComponentFile
 from rxt_model.checks import check_token_ids
 from rxt_model.config import TransformerConfig
 from rxt_model.decoder import CausalNetwork, HiddenStates
-from rxt_model.interaction.engine import known_to_engines
+from rxt_model.interaction.plain_weights import known_to_engines
 from rxt_model.layers.norms import RMSNorm
 from rxt_model.layers.rotary import rotary_positions
 from rxt_model.layers.transformer_layer import TransformerLayer

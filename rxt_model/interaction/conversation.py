@@ -16,7 +16,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rxt_model.checks import check_token_ids
 from rxt_model.gradients import no_gradients
 from rxt_model.interaction.decoding import CachedDecoding, Decoding, Step, UncachedDecoding, padded, stream_tokens
-from rxt_model.interaction.engine import MODULES, choose_engine, engine_decoding, explain_choice
+from rxt_model.interaction.encoding import encode, explain_encoding
+from rxt_model.interaction.engine import MODULES, choose_engine, engine_decoding, explain_choice, prepare_memory
 from rxt_model.interaction.sampling import Sampler, SamplingOptions, most_likely
 from rxt_model.interaction.state import (
     ConversationState,
@@ -160,9 +161,15 @@ class Conversation(TextInterface):
         input_ids, lengths = padded(rows, self.device)
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)
         mask = None if len(set(map(len, rows))) == 1 else columns < lengths[:, None]
-        encoded = self.encoder(input_ids, mask)
+        encoded = self._encode(input_ids, mask)
         self.stm.load(self.memory_attention(encoded, mask, self.stm.memory))
+        prepare_memory(self.decoder, self.stm.memory)
         self._turns += 1
+
+    def _encode(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+        by_modules = self.decode_engine == MODULES
+        states: Tensor = self.encoder(input_ids, mask) if by_modules else encode(self.encoder, input_ids, mask)
+        return states
 
     def _write_in_background(self, rows: Sequence[Sequence[int]]) -> None:
         self.stm.update_in_background(lambda: self._write_interaction(rows))
@@ -200,7 +207,7 @@ class Conversation(TextInterface):
             # Real tokens to the front, where a message alone has them: memory attention knows positions.
             order = (~mask).long().argsort(dim=1, stable=True)
             input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
-        encoded = self.encoder(input_ids, mask)
+        encoded = self._encode(input_ids, mask)
         if add_noise:
             encoded = encoded + add_noise * torch.randn_like(encoded)
         if not force:
@@ -455,9 +462,11 @@ class Conversation(TextInterface):
             )
 
     def explain(self) -> str:
-        """Which path decoding takes, and why, in one sentence."""
+        """Which path decoding takes, and which the memory update, and why: a sentence each."""
         choice = choose_engine(self.decoder, self.decode_engine, self.decode_weights)
-        return explain_choice(choice, self.decode_weights)
+        with no_gradients():
+            encoding = explain_encoding(self.encoder, self.decode_engine == MODULES)
+        return f"{explain_choice(choice, self.decode_weights)} {encoding}"
 
     def _decoding(self, use_cache: bool, rows: int, capacity: int) -> Decoding:
         engine = MODULES

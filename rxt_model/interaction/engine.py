@@ -1,73 +1,34 @@
-"""From the modules of a decoder or language model to a decode engine, and why it is or is not decoded with one.
-
-An engine (:mod:`rxt_kernels.decode`) knows weights, not modules. It is used only where it computes what the modules
-would: a module of another class, a hook, or a replaced ``forward`` is a reason to let the modules do it.
-"""
+"""The decode engine of a decoder or language model, and why it is or is not decoded with one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from rxt_kernels.decode import (
-    ENGINES,
-    PRECISIONS,
-    DecodeEngine,
-    DecoderLayerWeights,
-    DecoderWeights,
-    ExpertWeights,
-    FeedForwardWeights,
-    MemoryReadWeights,
-    NativeEngine,
-    NormWeights,
-    decode_engine,
-    supports,
-)
-from rxt_kernels.mixture_of_experts.reference import ExpertTensors
-from rxt_model.decoder import CausalModel, DecoderNetwork, RxTDecoder
+from rxt_kernels.decode import ENGINES, PRECISIONS, DecodeEngine, NativeEngine, decode_engine, supports
+from rxt_model.decoder import CausalModel
 from rxt_model.gradients import no_gradients
 from rxt_model.interaction.decoding import padded
-from rxt_model.layers.attention import MemoryCrossAttention, SparseQueryAttention
-from rxt_model.layers.feed_forward import FeedForward, GatedLinearUnit
-from rxt_model.layers.mixture_of_experts import PerExpertMixtureOfExperts, Router, StackedMixtureOfExperts
-from rxt_model.layers.norms import RMSNorm
-from rxt_model.layers.transformer_layer import TransformerLayer
-from rxt_model.memory import ShortTermMemory
-from rxt_model.stateless import SparseQueryTransformer, StatelessNetwork
+from rxt_model.interaction.plain_weights import State, look_at
+from rxt_model.interaction.weights import decoder_weights
 
 __all__ = [
     "MODULES",
     "DecodingChoice",
     "EngineDecoding",
     "choose_engine",
-    "decoder_weights",
     "engine_decoding",
     "explain_choice",
-    "known_to_engines",
     "own_engine",
-    "weights_state",
+    "prepare_memory",
 ]
 
 MODULES = "modules"
 """The name of decoding without an engine."""
-
-_KNOWN: set[type[nn.Module]] = {
-    RxTDecoder, DecoderNetwork, SparseQueryTransformer, StatelessNetwork, TransformerLayer, SparseQueryAttention,
-    MemoryCrossAttention, FeedForward, GatedLinearUnit, Router, PerExpertMixtureOfExperts, StackedMixtureOfExperts, RMSNorm,
-    ShortTermMemory, nn.Embedding, nn.Linear, nn.LayerNorm, nn.ModuleList,
-}  # fmt: skip
-
-Known = TypeVar("Known", bound=type[nn.Module])
-
-
-def known_to_engines(cls: Known) -> Known:
-    """Decorates a class of which the weights, and the configuration of its network, say all that it computes."""
-    _KNOWN.add(cls)
-    return cls
 
 
 class DecodingChoice(NamedTuple):
@@ -77,100 +38,20 @@ class DecodingChoice(NamedTuple):
     reason: str
 
 
-# -- weights ----------------------------------------------------------------------------------------------------------
-
-
-def _foreign(model: CausalModel) -> str | None:
-    """Why weights do not say all that the modules of a model compute, in one sentence; None if they do."""
-    decoder = cast(nn.Module, model)
-    for name, module in decoder.named_modules():
-        where = name or "the decoder"
-        if type(module) not in _KNOWN:
-            return f"{where} is of the class {type(module).__name__}, which an engine does not know."
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{where} has forward hooks, which an engine would not call."
-        if "forward" in vars(module) or module._compiled_call_impl is not None:
-            return f"the forward method of {where} was replaced, and an engine would not call it."
-    config = model.model.config
-    if decoder.training and (config.att_dropout or config.ff_dropout):
-        return "the model is in training mode and drops activations; call eval()."
-    kinds = {(parameter.dtype, parameter.device) for parameter in decoder.parameters()}
-    if len(kinds) > 1:
-        found = " and ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-        return f"the parameters are {found}; an engine takes one dtype on one device."
-    return None
-
-
-def _norm(module: nn.Module) -> NormWeights:
-    return NormWeights(cast(Tensor, module.weight), module.bias if isinstance(module, nn.LayerNorm) else None)
-
-
-def _feed_forward(module: nn.Module) -> FeedForwardWeights | ExpertWeights:
-    if isinstance(module, FeedForward):
-        first, second = module.first_linear, module.fc2
-        return FeedForwardWeights(first.weight, first.bias, second.weight, second.bias, module.gated, module.activation)
-    assert isinstance(module, (PerExpertMixtureOfExperts, StackedMixtureOfExperts))
-    options = module.options
-    experts: tuple[ExpertTensors, ExpertTensors, ExpertTensors | None, ExpertTensors | None, Tensor | None]
-    if isinstance(module, StackedMixtureOfExperts):
-        experts = (module.w1, module.w2, module.b1, module.b2, module.global_bias)
-    else:
-        own = module._weights(module.experts)
-        experts = (own.w1, own.w2, own.b1, own.b2, None)
-    w1, w2, b1, b2, global_bias = experts
-    return ExpertWeights(
-        module.router.gate.weight, w1, w2, b1, b2, global_bias, module._shared(),
-        top_k=options.top_k, gated=options.gated, activation=options.activation, router_dtype=options.router_dtype,
-    )  # fmt: skip
-
-
-def _layer(layer: TransformerLayer, memory_index: int | None) -> DecoderLayerWeights:
-    read = None
-    if memory_index is not None:
-        read = MemoryReadWeights(
-            _norm(layer.stm_norm), _norm(layer.norm2), layer.memory_cross_attention.weights(), memory_index
-        )
-    return DecoderLayerWeights(
-        _norm(layer.norm1),
-        layer.attention.weights(),
-        read,
-        _norm(getattr(layer, layer._feed_forward_norm)),
-        _feed_forward(layer.ff),
-    )
-
-
-@no_gradients()
-def decoder_weights(decoder: CausalModel) -> DecoderWeights:
-    """The weights of a decoder as an engine takes them: its parameters themselves."""
-    network, config = decoder.model, decoder.model.config
-    rotary, head = network.rotary, network.head
-    device = network.embedding.weight.device
-    return DecoderWeights(
-        embedding=network.embedding.weight,
-        layers=tuple(_layer(layer, index) for layer, index in network.layers_in_order()),
-        head_norm=None if network.head_norm is None else _norm(network.head_norm),
-        head=network.embedding.weight if head is None else head.weight,
-        head_bias=None if head is None else head.bias,
-        inverse_frequencies=None if rotary is None else rotary._frequencies(device),
-        rotary_layout=config.rope_layout,
-        rounds_angles=config.rope_angle_dtype == "match",
-        gate_activation=config.gated_attention_activation,
-    )
-
-
 # -- engines ----------------------------------------------------------------------------------------------------------
 
 
 class _Kept:
     """The engine of a decoder, kept for its next message, with the weights it was made from."""
 
-    def __init__(self, decoder: CausalModel) -> None:
-        self.state = weights_state(decoder)
+    def __init__(self, decoder: CausalModel, state: State) -> None:
+        self.state = state
         self.weights = decoder_weights(decoder)
         self.engine: DecodeEngine | None = None
         self.made_for: tuple[str, str | None] | None = None
         self.message = 0
         """Counts messages: the engine answers the last one only."""
+        self._read: tuple[DecodeEngine, Tensor, int] | None = None
 
     def made(self, engine: str, rows: int, precision: str | None) -> DecodeEngine:
         """The engine of this name for so many rows: the one of the message before, if it fits, or another on its weights."""
@@ -181,23 +62,30 @@ class _Kept:
             self.engine = self.engine.another(rows)
         return self.engine
 
+    def read(self, memory: Tensor) -> None:
+        """Make keys and values of this memory, unless the engine has those of the same one."""
+        assert self.engine is not None
+        version = -1 if memory.is_inference() else memory._version
+        if self._read is not None and version >= 0:
+            engine, known, known_version = self._read
+            if engine is self.engine and known is memory and known_version == version:
+                return
+        self._read = None
+        self.engine.set_memory(memory)
+        self._read = self.engine, memory, version
+
 
 _kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
-def weights_state(decoder: CausalModel) -> tuple[tuple[int, int], ...]:
-    """Changes when a weight is replaced, moved, or changed in place."""
-    return tuple(
-        (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
-        for parameter in cast(nn.Module, decoder).parameters()
-    )
-
-
-def _keep(decoder: CausalModel) -> _Kept:
+def _keep(decoder: CausalModel, state: State | None = None) -> _Kept:
+    """What is kept of a decoder, whose weights are in this state; None looks."""
     module = cast(nn.Module, decoder)
+    if state is None:
+        state = look_at(module).state
     kept = _kept.get(module)
-    if kept is None or kept.state != weights_state(decoder):
-        kept = _kept[module] = _Kept(decoder)
+    if kept is None or kept.state != state:
+        kept = _kept[module] = _Kept(decoder, state)
     return kept
 
 
@@ -242,9 +130,12 @@ def _choose(decoder: CausalModel, wanted: str) -> DecodingChoice:
     if wanted != "auto" and wanted not in ENGINES:
         known = ", ".join(map(repr, ("auto", MODULES, *ENGINES)))
         raise ValueError(f"decode_engine is {wanted!r}, which is not known; it is one of {known}.")
-    reason = _foreign(decoder)
+    module, config = cast(nn.Module, decoder), decoder.model.config
+    reason, state = look_at(module)
+    if reason is None and module.training and (config.att_dropout or config.ff_dropout):
+        reason = "the model is in training mode and drops activations; call eval()."
     if wanted != "auto":
-        reason = reason or supports(wanted, _keep(decoder).weights)
+        reason = reason or supports(wanted, _keep(decoder, state).weights)
         if reason is not None:
             raise ValueError(f"decode_engine={wanted!r} cannot decode this model: {reason}")
         return DecodingChoice(wanted, "it was asked for.")
@@ -253,7 +144,7 @@ def _choose(decoder: CausalModel, wanted: str) -> DecodingChoice:
     if not candidates:
         return DecodingChoice(MODULES, f"no engine of this build is made for {device.type}.")
     for name in candidates:
-        reason = reason or supports(name, _keep(decoder).weights)
+        reason = reason or supports(name, _keep(decoder, state).weights)
         if reason is None:
             return DecodingChoice(name, f"it can decode this model on {device}.")
     assert reason is not None
@@ -315,14 +206,25 @@ def engine_decoding(
     """
     kept = _keep(decoder)
     made = kept.made(engine, rows, precision)
-    made.set_memory(memory)
+    kept.read(memory)
     return _MessageDecoding(kept, made)
+
+
+@no_gradients()
+def prepare_memory(decoder: CausalModel, memory: Tensor) -> None:
+    """Let the engine that answered the last message read a memory now, so that the next message need not wait for it."""
+    module = cast(nn.Module, decoder)
+    kept = _kept.get(module)
+    if kept is None or kept.engine is None or memory.shape[1] not in (1, kept.engine.rows):
+        return
+    if kept.state == look_at(module).state:
+        kept.read(memory)
 
 
 @no_gradients()
 def own_engine(decoder: CausalModel, engine: str, precision: str | None = None) -> DecodeEngine:
     """An engine for one conversation of its own, on weights that are packed once for all of this model's.
 
-    It decodes with the weights as they are now; :func:`weights_state` tells when they have changed.
+    It decodes with the weights as they are now; ``weights_state`` tells when they have changed.
     """
     return _keep(decoder).made(engine, 1, precision).another(1)
