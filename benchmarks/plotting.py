@@ -47,11 +47,17 @@ class Theme:
 THEMES = (
     Theme(
         "", "#ffffff", "#1f2328", "#d1d9e0",
-        {"rxt": "#0969da", "stateless-reread": "#bc4c00", "stateless-cached": "#59636e"},
+        {
+            "rxt": "#0969da", "stateless-reread": "#bc4c00", "stateless-cached": "#59636e", "smollm2-reread": "#8250df",
+            "smollm2-cached": "#1a7f37",
+        },
     ),
     Theme(
         "-dark", "#0d1117", "#e6edf3", "#3d444d",
-        {"rxt": "#58a6ff", "stateless-reread": "#f0883e", "stateless-cached": "#9ea7b3"},
+        {
+            "rxt": "#58a6ff", "stateless-reread": "#f0883e", "stateless-cached": "#9ea7b3", "smollm2-reread": "#bc8cff",
+            "smollm2-cached": "#56d364",
+        },
     ),
 )  # fmt: skip
 
@@ -59,8 +65,18 @@ LABELS = {
     "rxt": "RxT",
     "stateless-reread": "stateless LLM, history re-read",
     "stateless-cached": "stateless LLM, KV cache kept",
+    "smollm2-reread": "SmolLM2-135M, history re-read",
+    "smollm2-cached": "SmolLM2-135M, KV cache kept",
 }
-STYLES: dict[str, Any] = {"rxt": "-", "stateless-reread": (0, (6, 1.5)), "stateless-cached": (0, (2, 1.2))}
+STYLES: dict[str, Any] = {
+    "rxt": "-",
+    "stateless-reread": (0, (6, 1.5)),
+    "stateless-cached": (0, (2, 1.2)),
+    "smollm2-reread": (0, (6, 1.5, 1, 1.5)),
+    "smollm2-cached": (0, (1, 1)),
+}
+_COMPARED = ("rxt", "stateless-reread", "stateless-cached")
+"""Those of one size, whose costs stand in one picture."""
 _SHORT = {"stateless-reread": "re-reading", "stateless-cached": "kept cache"}
 
 
@@ -125,7 +141,8 @@ def plot_scaling(results: Results, path: str | os.PathLike[str]) -> list[Path]:
         path: of the light PNG; the dark one has ``-dark`` before ``.png``. The suffix is added where it is missing.
 
     Returns:
-        The files written: with the first steps of the dialogue beside the published ones, in ``-steps``, if there are enough.
+        The files written: with the first steps of the dialogue beside the published ones, in ``-steps``, if there are enough,
+        and how the cost of a turn grows beside that of a real language model, in ``-growth``, if that was measured.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -137,6 +154,11 @@ def plot_scaling(results: Results, path: str | os.PathLike[str]) -> list[Path]:
 
         target = Path(path)
         written += plot_steps(results, target.with_name(f"{target.stem}-steps.png"))
+    if "smollm2-cached" in results.summary.get("cost_growth", ()):
+        from .growth import plot_growth
+
+        target = Path(path)
+        written += plot_growth(results, target.with_name(f"{target.stem}-growth.png"))
     return written
 
 
@@ -233,7 +255,7 @@ def _rows(results: Results, name: str) -> list[Mapping[str, Any]]:
 
 
 def _draw_panel(axes: Any, results: Results, theme: Theme, panel: Panel) -> None:
-    for name in LABELS:
+    for name in _COMPARED:
         rows = _rows(results, name)
         turns = [row["turn"] for row in rows]
         colour = theme.series[name]

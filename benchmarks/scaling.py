@@ -3,7 +3,7 @@
 The same conversations of real dialogue, token by token the same for everyone, are held by RxT, by an LLM of the same width,
 depth, heads and experts that re-reads its history at every turn, and by that LLM keeping its key/value cache between turns.
 Before anything is timed, every logit of a short conversation is compared with the uncached model. NOTES.md says how it is
-measured and what to expect.
+measured and what to expect. --smollm2 adds a language model that people run on CPUs today, for how its cost grows.
 
 The saved figure takes about six minutes on two cores:
     rxt bench scaling --json scaling.json --plot scaling.png
@@ -36,6 +36,7 @@ from .dialogues import Lengths, Turn, conversation_turns, dialogue_tokenizer, lo
 from .environment import describe_environment, machine_limits, use_threads
 from .results import Results, read_results, write_results
 from .scaling_report import Samples, make_rows, parameters, samples_of_rows, summarise, text_report
+from .smollm2 import require_smollm2, smollm2_systems
 from .systems import System, check_system, make_systems
 
 __all__ = ["Settings", "add_arguments", "main", "run"]
@@ -104,6 +105,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="save the results; also when interrupted")
     parser.add_argument("--plot", metavar="FILE", help="draw FILE.png and FILE-dark.png")
     parser.add_argument("--resume", action="store_true", help="continue the results in --json FILE")
+    parser.add_argument(
+        "--smollm2",
+        action="store_true",
+        help="SmolLM2-135M-Instruct by llama.cpp as well, where `make smollm2` has put it",
+    )
     add_check_argument(parser)
 
 
@@ -251,6 +257,8 @@ class _Run:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.settings, self.time_limit = _settings(arguments)
+        if arguments.smollm2:
+            require_smollm2()
         self.path: str | None = arguments.json
         self.should_resume: bool = arguments.resume
         self.device = choose_device(arguments.device)
@@ -258,8 +266,17 @@ class _Run:
         self.environment = describe_environment(self.device)
         self.model = make_model(self.settings).to(self.device)
         self.conversations, source = make_conversations(self.settings, self.model, arguments.tokenizer)
-        self.recorded = {**asdict(self.settings), "dialogues": source, "tokenizer": arguments.tokenizer is not None}
-        self.systems = make_systems(self.model, seed=self.settings.seed)
+        self.recorded = {
+            **asdict(self.settings),
+            "dialogues": source,
+            "tokenizer": arguments.tokenizer is not None,
+            "smollm2": arguments.smollm2,
+        }
+        self.compared = make_systems(self.model, seed=self.settings.seed)
+        longest = max(sum(turn.tokens for turn in conversation) for conversation in self.conversations)
+        self.systems: tuple[System, ...] = (
+            (*self.compared, *smollm2_systems(longest)) if arguments.smollm2 else self.compared
+        )
         self.samples: Samples = {system.name: [[] for _ in range(self.settings.turns)] for system in self.systems}
         self.results = Results(NAME, self.recorded, self.environment, {})
         self.differences: dict[str, float] = {}
@@ -274,7 +291,7 @@ class _Run:
             self.results.limits, self.results.created = found.limits, found.created
         else:
             self.results.limits = machine_limits(self.device)
-        for system in self.systems:
+        for system in self.compared:
             self.differences[system.name] = check_system(system, self.conversations[0][:_CHECKED_TURNS])
         _warm_up(self.systems, self.conversations[0])
         return done
@@ -298,7 +315,7 @@ class _Run:
         if not results.rows:
             return
         results.summary = {
-            "parameters": parameters(self.model, self.systems[1].conversation.model),
+            "parameters": parameters(self.model, self.compared[1].conversation.model),
             "decoding": {system.name: system.decoding() for system in self.systems},
             "largest_relative_difference_from_uncached": self.differences,
             **summarise(results, self.systems),

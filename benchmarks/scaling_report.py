@@ -16,6 +16,7 @@ from rxt_model.presets import parameter_counts
 
 from .dialogue_steps import prompt_latency, text_of_steps
 from .dialogues import Turn
+from .growth import cost_growth, text_of_growth
 from .results import Results
 from .statistics import (
     Estimate,
@@ -25,7 +26,7 @@ from .statistics import (
     percentiles,
     running_median,
 )
-from .systems import RxTSystem, StatelessSystem, System, TurnTimes
+from .systems import System, TurnTimes
 
 __all__ = ["TITLES", "Samples", "make_rows", "parameters", "samples_of_rows", "summarise", "text_report"]
 
@@ -33,7 +34,13 @@ Samples = dict[str, list[list[TurnTimes]]]
 """System name to a list per turn of one :class:`TurnTimes` per repeat."""
 
 RXT, REREAD, CACHED = "rxt", "stateless-reread", "stateless-cached"
-TITLES = {RXT: "RxT", REREAD: "LLM, history re-read", CACHED: "LLM, KV cache kept"}
+TITLES = {
+    RXT: "RxT",
+    REREAD: "LLM, history re-read",
+    CACHED: "LLM, KV cache kept",
+    "smollm2-reread": "SmolLM2, history re-read",
+    "smollm2-cached": "SmolLM2, KV cache kept",
+}
 _IN_SENTENCES = {
     REREAD: "the LLM that re-reads its history",
     CACHED: "the LLM that keeps its KV cache",
@@ -255,7 +262,7 @@ def _arithmetic(systems: Sequence[System], shape: Mapping[str, int]) -> list[dic
     ours = next(system for system in systems if system.name == RXT)
     found = []
     for other in systems:
-        if other is ours:
+        if other.name not in (REREAD, CACHED):
             continue
         turns: dict[str, int | None] = {"answer": None, "cumulative": None}
         own_total = other_total = 0
@@ -280,7 +287,6 @@ def _against_limits(curves: _Curves, system: System, limits: Mapping[str, float]
     steps = shape["answer"] - 1
     per_token = float(np.median((curves.latency - curves.first_token)[:, -1])) / steps
     context = shape["prompt"] + shape["answer"] // 2 + (0 if system.name == RXT else shape["history"])
-    assert isinstance(system, (RxTSystem, StatelessSystem))
     floors = {"decode_token": (per_token, system.bytes_per_step(context) / limits["read_bandwidth_bytes_per_second"])}
     update = float(np.median(curves.memory_update[:, -1]))
     if update > 0:
@@ -321,6 +327,7 @@ def summarise(results: Results, systems: Sequence[System]) -> dict[str, Any]:
         ],
         "overtaking_by_arithmetic": _arithmetic(systems, ours.rows[-1]["shape"]),
         "prompt_latency_by_step": prompt_latency(results.rows),
+        "cost_growth": cost_growth(results.rows),
     }
 
 
@@ -409,6 +416,10 @@ def _decoding(sentences: Mapping[str, str]) -> list[str]:
     """How answers are decoded, once if all systems say the same."""
     if len(set(sentences.values())) == 1:
         return [f"All systems: {next(iter(sentences.values()))}"]
+    own = {name: sentence for name, sentence in sentences.items() if not name.startswith("smollm2")}
+    others = [f"SmolLM2: {sentence}" for name, sentence in sentences.items() if name == "smollm2-cached"]
+    if others:
+        return [*_decoding(own), *others]
     return [f"{TITLES[name]}: {sentence}" for name, sentence in sentences.items()]
 
 
@@ -451,6 +462,11 @@ def text_report(results: Results, systems: Sequence[System]) -> str:
         f"RxT's last turns take {_with_interval(flat)} times as long as its first ones (turns 2 to 6).",
         "",
         *text_of_steps(summary["prompt_latency_by_step"], TITLES),
+        *(
+            text_of_growth(growth, _shown_turns(summary["turns_measured"]))
+            if (growth := summary["cost_growth"])
+            else []
+        ),
         *_comparison(summary, REREAD),
         *_comparison(summary, CACHED),
         f"Against this machine's limits, RxT takes {ours['decode_token']['ratio']:.1f} times as long as reading its weights "

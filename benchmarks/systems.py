@@ -100,6 +100,9 @@ class System(Protocol):
     def tokens_processed(self, turn: Turn, history: int) -> int:
         """Tokens that go through a network in this turn, those of the memory update included."""
 
+    def bytes_per_step(self, context: int) -> int:
+        """Bytes that decoding a token behind so many others has to read."""
+
 
 class RxTSystem:
     """A Reactive Transformer with random or trained weights."""

@@ -6,10 +6,7 @@ It has to lie in ``$RXT_UPSTREAM_DIR`` or ``.upstream`` beside this package, one
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 import weakref
@@ -27,6 +24,7 @@ from rxt_model.models import RxTAlpha
 
 from .contenders import Models
 from .measuring import Absent, System, Task
+from .worker import Worker
 
 __all__ = ["VERSIONS", "upstream_systems"]
 
@@ -43,7 +41,7 @@ def _directory() -> Path:
     return Path(os.environ.get("RXT_UPSTREAM_DIR") or Path(__file__).resolve().parents[1] / ".upstream")
 
 
-class _Worker:
+class _Upstream(Worker):
     """One version of upstream in a process of its own, with one model loaded."""
 
     def __init__(self, variant: str, models: Models) -> None:
@@ -51,55 +49,11 @@ class _Worker:
         path = _directory() / version
         if not (path / "rxlm" / "__init__.py").is_file():
             raise Absent(f"rxlm {version} is not installed beside this package; `make upstream` does that.")
-        self._files = tempfile.TemporaryDirectory()
-        self.directory = Path(self._files.name)
+        files = tempfile.TemporaryDirectory()
+        self.directory = Path(files.name)
         _save(models, self.directory / "model", VERSIONS[version], stacked=variant.endswith(STACKED))
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(path.resolve()),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, str(WORKER)],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        self._end = weakref.finalize(self, _stop, self._process, self._files)
+        super().__init__("upstream", WORKER, path, environment={"HF_HUB_OFFLINE": "1"}, at_end=files.cleanup)
         self.ask(do="load", path=str(self.directory / "model"))
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """The answer to a request.
-
-        Raises:
-            RuntimeError: upstream failed, in its own words.
-        """
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            print(json.dumps(request), file=process.stdin, flush=True)
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise RuntimeError(f"the process of upstream ended with status {process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(f"upstream failed: {answer['error']}")
-        return answer
-
-
-def _stop(process: subprocess.Popen[str], files: tempfile.TemporaryDirectory[str]) -> None:
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()
-    files.cleanup()
 
 
 def _save(models: Models, directory: Path, layout: Any, *, stacked: bool) -> None:
@@ -120,13 +74,13 @@ def _save(models: Models, directory: Path, layout: Any, *, stacked: bool) -> Non
     alpha.save_pretrained(directory, rope_layout=layout)
 
 
-_workers: weakref.WeakKeyDictionary[Models, dict[str, _Worker]] = weakref.WeakKeyDictionary()
+_workers: weakref.WeakKeyDictionary[Models, dict[str, _Upstream]] = weakref.WeakKeyDictionary()
 
 
-def _worker(variant: str, models: Models) -> _Worker:
+def _worker(variant: str, models: Models) -> _Upstream:
     own = _workers.setdefault(models, {})
     if variant not in own:
-        own[variant] = _Worker(variant, models)
+        own[variant] = _Upstream(variant, models)
     return own[variant]
 
 
