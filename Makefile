@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 help:
 	@echo "make demo      talk to the shipped model and measure scaling (under 3 minutes after downloads)"
 	@echo "make native    build the native CPU kernels again after a change in csrc/"
-	@echo "make test      the test suite (ten to thirteen minutes on two cores)"
+	@echo "make test      the test suite (about eight minutes on two idle cores)"
 	@echo "make test-gpu  the tests of kernels and engines on a GPU, where \`make test\` runs them in Triton's interpreter"
 	@echo "make test-aot  compile every kernel for four GPUs, without one, and fail if one is not as it should be"
 	@echo "make test-aot-small  the kernels of one model for one of them"

@@ -46,22 +46,18 @@ class Step:
         name: of the benchmark.
         arguments: that make it short.
         seconds: that it takes on two cores, about; for the bar of progress.
-        folder_option: the option that names the folder it writes into, where it has none for a file.
         has_plot: whether it draws.
     """
 
     name: str
     arguments: tuple[str, ...]
     seconds: int
-    folder_option: str | None = None
     has_plot: bool = True
 
     def command(self, folder: Path) -> list[str]:
         """The command line, with the files it writes."""
         files: tuple[str, ...] = ("--json", str(folder / f"{self.name}.json"))
-        if self.folder_option is not None:
-            files = (self.folder_option, str(folder))
-        elif self.has_plot:
+        if self.has_plot:
             files += ("--plot", str(folder / f"{self.name}.png"))
         return [sys.executable, "-m", f"rxt_benchmarks.{self.name}", *self.arguments, *files]
 
@@ -69,14 +65,13 @@ class Step:
         """The light picture and the dark one, of which there may be none, or one for both."""
         if not self.has_plot:
             return []
-        name = "recall" if self.name == "memory" else self.name
-        return [path for path in (folder / f"{name}.png", folder / f"{name}-dark.png") if path.is_file()]
+        return [path for path in (folder / f"{self.name}.png", folder / f"{self.name}-dark.png") if path.is_file()]
 
 
 _MICRO = ("--short", "--time-limit", _ENOUGH, "--model", "rxt-alpha-micro-plus")
 STEPS = (
     Step("scaling", ("--short", "--turns", "16"), 45),
-    Step("memory", ("--conversations", "10", "--distances", "1", "8"), 60, "--output"),
+    Step("memory", ("--conversations", "10", "--distances", "1", "8"), 60),
     Step("sqa", ("--short", "--time-limit", _ENOUGH), 25),
     Step("drift", ("--short",), 40),
     Step("decode", _MICRO, 30),

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -27,7 +26,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,17 +35,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rxt_kernels import triton_runtime, use_backend
 from rxt_kernels.decode import CudaGraphEngine
-from rxt_model.files import atomic_path
 from rxt_model.interaction.weights import decoder_weights
 from rxt_model.models import ReactiveTransformer, RxTAlpha, RxTBeta
 from rxt_model.presets import PRESETS, preset
 
 from .devices import add_device_argument, choose_device
 from .environment import describe_environment
+from .results import Results, write_results
 
 __all__ = ["WORK", "Counts", "add_arguments", "count_model", "main", "run", "stand_in"]
 
-FORMAT = "rxt-launches"
+NAME = "launches"
 WORK: Mapping[str, tuple[str, ...]] = {
     "decode token": ("eager", "triton", "engine"),
     "encode interaction": ("eager", "triton"),
@@ -195,34 +193,40 @@ def _through_engine(model: ReactiveTransformer) -> dict[str, Counts]:
     return {"decode token": counts[0]}
 
 
-def _row(name: str, device: torch.device) -> dict[str, Any]:
+def _rows(name: str, device: torch.device) -> list[dict[str, Any]]:
     model = stand_in(name).to(device)
-    return {
-        "model": name,
+    shape = {
+        "batch": 1,
         "decoder_layers": model.decoder.model.depth,
         "memory_layers": model.decoder.config.num_layers,
         "experts": "stacked" if model.decoder.config.use_vectorized_moe else "separate",
-        **{
-            work: {path: {"triton": of.triton, "torch": of.torch, "total": of.total} for path, of in paths.items()}
-            for work, paths in count_model(model).items()
-        },
     }
+    return [
+        {
+            "name": work, "model": name, "backend": path, "dtype": "float32", "shape": shape,
+            "triton": of.triton, "torch": of.torch, "total": of.total,
+        }
+        for work, paths in count_model(model).items()
+        for path, of in paths.items()
+    ]  # fmt: skip
 
 
 def _report(rows: Sequence[Mapping[str, Any]]) -> str:
     """The counts for a person."""
+    counts = {(row["model"], row["name"], row["backend"]): row for row in rows}
+    shapes = {row["model"]: row["shape"] for row in rows}
     header, names = f"{'':<22}{'':>6}", f"{'model':<22}{'layers':>6}"
     for work, paths in WORK.items():
         header += f"  {work:^{12 * len(paths)}}"
         names += "  " + "".join(f"{path:>12}" for path in paths)
     lines = ["Launches: all (of these Triton's kernels).", "", header.rstrip(), names]
-    for row in rows:
-        line = f"{row['model']:<22}{row['decoder_layers']:>6}"
+    for model, shape in shapes.items():
+        line = f"{model:<22}{shape['decoder_layers']:>6}"
         for work, paths in WORK.items():
-            cells = (f"{row[work][path]['total']} ({row[work][path]['triton']})" for path in paths)
-            line += "  " + "".join(f"{cell:>12}" for cell in cells)
+            found = (counts[model, work, path] for path in paths)
+            line += "  " + "".join(f"{row['total']} ({row['triton']})".rjust(12) for row in found)
         lines.append(line)
-    if any(row["experts"] == "separate" for row in rows):
+    if any(shape["experts"] == "separate" for shape in shapes.values()):
         lines += [
             "",
             "Experts of RxT-Alpha and RxT-Beta Micro are separate tensors. Triton's kernels take stacked ones: modules stack "
@@ -262,20 +266,12 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     if device.type == "cpu" and not triton_runtime.INTERPRETED:
         return _interpreted(arguments)
-    rows = [_row(name, device) for name in arguments.model or _FULL]
+    models = list(arguments.model or _FULL)
+    rows = [row for name in models for row in _rows(name, device)]
     print(_report(rows))
     if arguments.json is not None:
-        content = {
-            "format": FORMAT,
-            "how": (__doc__ or "").partition("\n\n    rxt")[0],
-            "environment": describe_environment(device),
-            "rows": rows,
-        }
-        target = Path(arguments.json)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(target) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        print(f"Results: {target}")
+        results = Results(NAME, {"models": models}, describe_environment(device), {}, rows, complete=True)
+        print(f"Results: {write_results(results, arguments.json)}")
     return 0
 
 

@@ -1,130 +1,115 @@
-"""How long does the model remember? Recall against distance, with its controls, saved and drawn.
-
-    rxt bench memory [--model DIRECTORY] [--history DIRECTORY] [--conversations 150]
-    rxt bench memory --plot-only
+"""How long does the model remember? Recall against distance, with its controls.
 
 The curves: the model; the model while it hears reference answers instead of its own; the model asked for facts that were
 changed on the way; the same weights with memory drawn anew before every turn; and, if ``--history`` names one, a
 stateless language model that reads the whole conversation again.
+
+    rxt bench memory --json memory.json --plot memory.png [--model DIRECTORY] [--history DIRECTORY]
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from rxt_model.demo_model import demo_model_directory
 from rxt_model.models import RxTAlpha
 from rxt_model.stateless import SparseQueryTransformer
 from rxt_model.tokenizer import Tokenizer
-from rxt_model.training.recall import (
-    RecallPoint,
-    RecallReport,
-    measure_history_recall,
-    measure_recall,
-    save_report,
-    wilson_interval,
-)
+from rxt_model.training.recall import RecallReport, measure_history_recall, measure_recall, wilson_interval
 
 from .devices import add_device_argument, choose_device
+from .environment import describe_environment, use_threads
+from .results import Results, read_results, write_results
+from .running import main as common_main
 
-NAME = "recall"
+__all__ = ["add_arguments", "main", "run"]
 
-_CURVES = {
-    # (condition, changed): label, colour legible on light and dark, marker
-    ("memory", False): ("RxT, fixed-size memory", "#2f81f7", "o"),
-    ("reference", False): ("RxT, hearing reference answers", "#a371f7", "D"),
-    ("memory", True): ("RxT, fact changed on the way", "#e8590c", "s"),
-    ("history", False): ("stateless LLM re-reading the whole history", "#2f9e44", "^"),
-    ("history", True): ("stateless LLM, fact changed", "#94a336", "v"),
-    ("reset", False): ("RxT, memory reset every turn", "#8b949e", "x"),
-}
+NAME = "memory"
+_FEW = (1, 2, 4, 8, 12, 16)
+# What has to be the same for two parts of one result.
+_SAME = ("torch", "rxt_kernels", "commit")
 
 
-def measure(
-    model_path: Path, history_path: Path | None, conversations: int, distances: Sequence[int], device: torch.device
-) -> RecallReport:
-    """All curves for a model directory; prints each point as it is measured."""
+@dataclass(frozen=True)
+class Settings:
+    """What is measured: conversations per point, distances in turns, and the models, by the folders they were in."""
 
-    def show(point: RecallPoint) -> None:
-        low, high = wilson_interval(point.right, point.asked)
-        changed = ", changed" if point.changed else ""
-        print(
-            f"{point.condition}{changed}, distance {point.distance}: {point.share:.3f} ({low:.3f} to {high:.3f})",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+    conversations: int
+    distances: tuple[int, ...]
+    model: str
+    history: str | None
 
-    model = RxTAlpha.from_pretrained(model_path, dtype=torch.float32)
-    report = measure_recall(model, distances=distances, conversations=conversations, progress=show)
-    report.environment["model_parameters"] = sum(p.numel() for p in model.parameters())
-    few = [d for d in distances if d in (1, 2, 4, 8, 12, 16)] or list(distances)
-    report.extend(measure_recall(model, distances=distances, conversations=conversations, changed=True, progress=show))
-    for condition in ("reference", "reset"):
-        report.extend(
-            measure_recall(model, distances=few, conversations=conversations, condition=condition, progress=show)
-        )
-    if history_path is not None:
-        stateless = SparseQueryTransformer.from_pretrained(history_path).to(device)
-        tokenizer = model.tokenizer or Tokenizer.from_pretrained(model_path)
-        report.environment["history_parameters"] = sum(p.numel() for p in stateless.parameters())
+    def __post_init__(self) -> None:
+        for name, least in (("conversations", self.conversations), ("distances", min(self.distances))):
+            if least < 1:
+                raise ValueError(f"{name} is {least}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One condition at some distances; ``measure`` takes them as ``distances=``."""
+
+    condition: str
+    changed: bool
+    distances: tuple[int, ...]
+    measure: Callable[..., RecallReport]
+
+
+def _curves(settings: Settings, device: torch.device) -> Iterator[Curve]:
+    model = RxTAlpha.from_pretrained(settings.model, dtype=torch.float32)
+    few = tuple(distance for distance in settings.distances if distance in _FEW) or settings.distances
+    for condition, changed in (("memory", False), ("memory", True), ("reference", False), ("reset", False)):
+        distances = settings.distances if condition == "memory" else few
+        yield Curve(condition, changed, distances, partial(measure_recall, model, condition=condition, changed=changed))
+    if settings.history is not None:
+        stateless = SparseQueryTransformer.from_pretrained(settings.history).to(device)
+        tokenizer = model.tokenizer or Tokenizer.from_pretrained(settings.model)
         for changed in (False, True):
-            report.extend(
-                measure_history_recall(
-                    stateless, tokenizer, distances=few, conversations=conversations, changed=changed, progress=show
-                )
-            )
-    return report
+            yield Curve("history", changed, few, partial(measure_history_recall, stateless, tokenizer, changed=changed))
 
 
-def plot(report: RecallReport, path: Path) -> None:
-    """Draw recall against distance with 95% Wilson intervals, legible on a light and on a dark page."""
-    import matplotlib
+def _row(report: RecallReport) -> dict[str, Any]:
+    (point,) = report.points
+    low, high = wilson_interval(point.right, point.asked)
+    return {
+        "name": point.condition,
+        "backend": "auto",
+        "dtype": "float32",
+        "shape": {"distance": point.distance, "changed": point.changed, "conversations": point.asked},
+        "right": point.right,
+        "recall": round(point.share, 4),
+        "wilson_95": [round(low, 4), round(high, 4)],
+        "stale": point.stale,
+        "by_attribute": point.by_attribute,
+        "examples": report.examples,
+    }
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    # Mid-grey ink on a transparent ground reads on white and on black.
-    ink = "#7d8590"
-    figure, axes = plt.subplots(figsize=(8, 5.2), dpi=160)
-    for (condition, changed), (label, colour, marker) in _CURVES.items():
-        points = sorted(
-            (p for p in report.points if (p.condition, p.changed) == (condition, changed)), key=lambda p: p.distance
-        )
-        if not points:
-            continue
-        at = [p.distance for p in points]
-        share = [100 * p.share for p in points]
-        bounds = [wilson_interval(p.right, p.asked) for p in points]
-        steps = report.environment.get("history_training_steps"), report.environment.get("model_training_steps")
-        if condition == "history" and all(steps):
-            label += f" (trained {steps[0]:,} steps; RxT {steps[1]:,})"
-        axes.plot(at, share, color=colour, marker=marker, markersize=5, linewidth=2, label=label)
-        axes.fill_between(
-            at, [100 * b[0] for b in bounds], [100 * b[1] for b in bounds], color=colour, alpha=0.18, lw=0
-        )
-    asked = report.points[0].asked if report.points else 0
-    axes.set_xlabel("turns between telling a fact and asking for it", color=ink)
-    axes.set_ylabel("answered right (%)", color=ink)
-    axes.set_title(
-        f"Recall on wording never seen in training (n = {asked} per point, 95% interval)", color=ink, fontsize=10
-    )
-    axes.set_ylim(0, 102)
-    axes.set_xticks(sorted({p.distance for p in report.points}))
-    axes.tick_params(colors=ink)
-    axes.grid(color=ink, alpha=0.25, linewidth=0.6)
-    for spine in axes.spines.values():
-        spine.set_color(ink)
-        spine.set_alpha(0.5)
-    legend = axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
-    for text in legend.get_texts():
-        text.set_color(ink)
-    figure.tight_layout()
-    figure.savefig(path, transparent=True)
-    plt.close(figure)
+def _key(row: Mapping[str, Any]) -> tuple[str, bool, int]:
+    return row["name"], row["shape"]["changed"], row["shape"]["distance"]
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table, one line per distance."""
+    shares = {_key(row): row["recall"] for row in rows}
+    curves = list(dict.fromkeys((name, changed) for name, changed, _ in shares))
+    lines = [
+        "| distance | " + " | ".join(name + (", changed fact" if changed else "") for name, changed in curves) + " |"
+    ]
+    lines.append("|---" * (len(curves) + 1) + "|")
+    for distance in sorted({distance for _, _, distance in shares}):
+        cells = ("" if (share := shares.get((*curve, distance))) is None else f"{100 * share:.1f}%" for curve in curves)
+        lines.append(f"| {distance} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,50 +120,94 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--distances", type=int, nargs="+", default=list(range(1, 17)), help="turns (1 to 16)")
     add_device_argument(parser)
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
-    parser.add_argument("--output", type=Path, default=Path("runs"), help="where recall.json and recall.png go (runs)")
-    parser.add_argument("--plot-only", action="store_true", help="draw the saved results again")
+    parser.add_argument("--json", metavar="FILE", help="save the results; also when interrupted")
+    parser.add_argument("--plot", metavar="FILE", help="draw FILE.png and FILE-dark.png")
+    parser.add_argument("--resume", action="store_true", help="continue the results in --json FILE")
+
+
+def _resumed(path: str, results: Results) -> list[dict[str, Any]]:
+    """The rows of an earlier run.
+
+    Raises:
+        ValueError: it had other settings, or ran on something else.
+    """
+    if not Path(path).is_file():
+        return []
+    found = read_results(path, name=NAME)
+    if found.settings != results.settings or any(
+        found.environment.get(name) != results.environment.get(name) for name in _SAME
+    ):
+        raise ValueError(
+            f"{path} was measured with other settings or another version; a run continues only with the same. Repeat them, "
+            "or write to another file."
+        )
+    return [dict(row) for row in found.rows]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure recall, save it, draw it, print it.
+    """Measure recall, save it, draw it, print it; the exit status is 130 if interrupted, what was measured being saved.
 
     Raises:
         ValueError, OSError: arguments that do not fit, before anything is measured.
     """
-    for name, values in (
-        ("conversations", [arguments.conversations]),
-        ("threads", [arguments.threads]),
-        ("distances", arguments.distances),
-    ):
-        if min(values) < 1:
-            raise ValueError(f"{name} is {min(values)}; it must be at least 1.")
+    settings = Settings(
+        arguments.conversations,
+        tuple(arguments.distances),
+        str(arguments.model or demo_model_directory().name),
+        None if arguments.history is None else str(arguments.history),
+    )
+    if arguments.threads < 1:
+        raise ValueError(f"threads is {arguments.threads}; it must be at least 1.")
+    if arguments.resume and arguments.json is None:
+        raise ValueError("--resume is given without --json; name the file to continue.")
+    if arguments.plot is not None:
+        from .plotting import require_matplotlib
+
+        require_matplotlib()
     device = choose_device(arguments.device)
-    target = arguments.output / f"{NAME}.json"
-    if arguments.plot_only:
-        if not target.is_file():
-            raise FileNotFoundError(f"there are no saved results at {target}; run without --plot-only first.")
-        report = RecallReport.from_json(target.read_text(encoding="utf-8"))
-    else:
-        torch.set_num_threads(arguments.threads)
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        model = demo_model_directory() if arguments.model is None else arguments.model
-        report = measure(model, arguments.history, arguments.conversations, arguments.distances, device)
-        save_report(report, target)
-    plot(report, arguments.output / f"{NAME}.png")
-    print(report.table())
-    return 0
+    use_threads(arguments.threads)
+    recorded = {**asdict(settings), "distances": list(settings.distances)}
+    results = Results(NAME, recorded, describe_environment(device), {})
+    rows = _resumed(arguments.json, results) if arguments.resume else []
+    where = settings if arguments.model else Settings(
+        settings.conversations, settings.distances, str(demo_model_directory()), settings.history
+    )  # fmt: skip
+    status = 0
+
+    def save(*, complete: bool) -> None:
+        results.rows, results.complete = rows, complete
+        if arguments.json is not None and rows:
+            write_results(results, arguments.json)
+
+    try:
+        with tqdm(disable=None, unit="point", leave=False) as progress:
+            for curve in _curves(where, device):
+                for distance in curve.distances:
+                    if (curve.condition, curve.changed, distance) not in map(_key, rows):
+                        measured = curve.measure(distances=(distance,), conversations=settings.conversations)
+                        rows.append(_row(measured))
+                        save(complete=False)
+                    progress.update()
+    except KeyboardInterrupt:
+        status = 130
+    save(complete=status == 0)
+    if not rows:
+        print("Nothing was measured.", file=sys.stderr)
+        return status or 1
+    print(_table(rows))
+    if arguments.json is not None:
+        print(f"Results: {arguments.json}")
+    if arguments.plot is not None:
+        from .plotting import plot_results
+
+        print("Plots: " + ", ".join(str(path) for path in plot_results(results, arguments.plot)))
+    return status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m rxt_benchmarks.memory``."""
-    parser = argparse.ArgumentParser(prog="python -m rxt_benchmarks.memory", description=__doc__)
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(arguments))
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return common_main(sys.modules[__name__], arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

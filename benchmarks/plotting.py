@@ -174,6 +174,10 @@ def plot_results(results: Results, path: str | os.PathLike[str]) -> list[Path]:
         from .sqa_plot import plot_sqa
 
         return plot_sqa(results, path)
+    if results.name == "memory":
+        from .memory_plot import plot_memory
+
+        return plot_memory(results, path)
     if results.name == "drift":
         from .drift_plot import plot_drift
 

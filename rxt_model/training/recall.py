@@ -12,19 +12,14 @@ left is guessing) and ``history`` (a stateless language model that reads the who
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import platform
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from rxt_model.files import atomic_path
 from rxt_model.models import ReactiveTransformer
 from rxt_model.stateless import SparseQueryTransformer
 from rxt_model.tokenizer import Tokenizer
@@ -33,7 +28,7 @@ from .dialogue import load_dialogue
 from .episodes import EpisodeWriter, Turn, batch_episodes
 from .facts import values_in_answer
 
-__all__ = ["RecallPoint", "RecallReport", "measure_history_recall", "measure_recall", "save_report", "wilson_interval"]
+__all__ = ["RecallPoint", "RecallReport", "measure_history_recall", "measure_recall", "wilson_interval"]
 
 MESSAGE_LIMIT = 96
 ANSWER_LIMIT = 28
@@ -86,10 +81,9 @@ class RecallPoint:
 
 @dataclass
 class RecallReport:
-    """Points of one or more measurements, with what is needed to repeat them."""
+    """Points of one or more measurements, and some of the conversations."""
 
     points: list[RecallPoint] = field(default_factory=list)
-    environment: dict[str, Any] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
 
     def curve(self, condition: str = "memory", changed: bool = False) -> dict[int, float]:
@@ -100,51 +94,6 @@ class RecallReport:
         """Add the points of another measurement."""
         self.points += other.points
         self.examples += other.examples
-
-    def to_json(self) -> str:
-        """JSON text with shares and Wilson intervals beside the counts."""
-        points = []
-        for point in self.points:
-            low, high = wilson_interval(point.right, point.asked)
-            points.append({**asdict(point), "recall": point.share, "wilson_95": [low, high]})
-        return json.dumps({"environment": self.environment, "points": points, "examples": self.examples}, indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> RecallReport:
-        """The report that :meth:`to_json` wrote."""
-        content = json.loads(text)
-        points = []
-        for entry in content["points"]:
-            entry = {key: value for key, value in entry.items() if key not in ("recall", "wilson_95")}
-            entry["by_attribute"] = {key: tuple(value) for key, value in entry["by_attribute"].items()}
-            points.append(RecallPoint(**entry))
-        return cls(points, content["environment"], content["examples"])
-
-    def table(self) -> str:
-        """A Markdown table, one line per distance."""
-        curves = list(dict.fromkeys((p.condition, p.changed) for p in self.points))
-        lines = ["| distance | " + " | ".join(c + (", changed fact" if ch else "") for c, ch in curves) + " |"]
-        lines.append("|---" * (len(curves) + 1) + "|")
-        for distance in sorted({p.distance for p in self.points}):
-            cells = []
-            for condition, changed in curves:
-                share = self.curve(condition, changed).get(distance)
-                cells.append("" if share is None else f"{100 * share:.1f}%")
-            lines.append(f"| {distance} | " + " | ".join(cells) + " |")
-        return "\n".join(lines)
-
-
-def environment(**extra: Any) -> dict[str, Any]:
-    """Machine and versions, to be saved beside figures."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        **extra,
-    }
 
 
 Answerer = Callable[[Sequence[Turn], bool], list[str]]
@@ -318,7 +267,6 @@ def measure_recall(
         model.load_stm_state(state)
         model.turns = turns
         model.train(training)
-    report.environment = environment(conversations_per_distance=conversations, split=split, seed=seed)
     return report
 
 
@@ -388,11 +336,4 @@ def measure_history_recall(
             report = _measure(answerer, writer, "history", distances, conversations, changed, seed, progress)
     finally:
         model.train(training)
-    report.environment = environment(conversations_per_distance=conversations, split=split, seed=seed)
     return report
-
-
-def save_report(report: RecallReport, path: Path) -> None:
-    """Write the report as JSON, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(report.to_json() + "\n", encoding="utf-8")
