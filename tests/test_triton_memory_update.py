@@ -167,11 +167,12 @@ def gates_one_by_one(old: Tensor, new: Tensor, gates: list[ResidualGateParameter
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kind", "per_slot", "status", "activation"), GATES)
-def test_residual_gate(kind: str, per_slot: bool, status: str, activation: str) -> None:
+def test_residual_gate(kind: str, per_slot: bool, status: str, activation: str, dtype: torch.dtype) -> None:
     """Several gates, because a gate may have but one number of a kind, and one error of eager torch is no measure."""
     gates = [half_open_gate(kind, 5, 12, per_slot=per_slot, status=status, activation=activation) for _ in range(4)]
-    compare(gates_one_by_one, {"old": draw(4, 2, 5, 12), "new": draw(4, 2, 5, 12), "gates": gates})
+    compare(gates_one_by_one, {"old": draw(4, 2, 5, 12), "new": draw(4, 2, 5, 12), "gates": gates}, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -212,13 +213,14 @@ def gates_of_layers(old: Tensor, new: Tensor, gates: list[ResidualGateParameters
     return torch.stack([residual_gate_reference(*pair, gate) for pair, gate in zip(sides, gates, strict=True)])
 
 
-@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize(("groups", "dtype"), [(2, torch.float32), (4, torch.bfloat16), (4, torch.float16)])
 @pytest.mark.parametrize(("kind", "per_slot", "status", "activation"), [*GATES, ("add", True, "mean", "sigmoid")])
-def test_residual_gates_of_all_layers(kind: str, per_slot: bool, status: str, activation: str, groups: int) -> None:
+def test_residual_gates_of_all_layers(
+    kind: str, per_slot: bool, status: str, activation: str, groups: int, dtype: torch.dtype
+) -> None:
     gates = [half_open_gate(kind, 5, 8, per_slot=per_slot, status=status, activation=activation) for _ in range(4)]
-    compare(
-        gates_of_layers, {"old": draw(4, 1 if groups == 4 else 2, 5, 8), "new": draw(groups, 2, 5, 8), "gates": gates}
-    )
+    sides = {"old": draw(4, 1 if groups == 4 else 2, 5, 8), "new": draw(groups, 2, 5, 8)}
+    compare(gates_of_layers, {**sides, "gates": gates}, dtype)
 
 
 def norms_of_layers(x: Tensor, norms: list[MemoryNormParameters], training: bool, backend: str) -> Tensor:
@@ -237,12 +239,13 @@ def norms_of_layers(x: Tensor, norms: list[MemoryNormParameters], training: bool
     return out
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("number", [1, 3])
-def test_memory_norms_of_all_layers(number: int, kind: str, training: bool) -> None:
+def test_memory_norms_of_all_layers(number: int, kind: str, training: bool, dtype: torch.dtype) -> None:
     norms = [make_norm(kind, 5, 8)._replace(decay=0.7) for _ in range(number)]
-    compare(norms_of_layers, {"x": 2 * draw(3, 2, 5, 8), "norms": norms, "training": training})
+    compare(norms_of_layers, {"x": 2 * draw(3, 2, 5, 8), "norms": norms, "training": training}, dtype)
 
 
 def test_a_row_of_zeros_has_finite_gradients() -> None:
