@@ -13,7 +13,10 @@ from triton_cases import DEVICE, needs_triton
 from rxt_kernels import memory_cross_attention, sparse_query_attention
 from rxt_kernels.configs import override_config
 from rxt_kernels.testing import GRADIENT_FACTOR, assert_accurate
-from rxt_kernels.triton_runtime import count_launches
+from rxt_kernels.triton_runtime import available, count_launches
+
+if available():
+    from rxt_kernels.sparse_query_attention import triton
 
 pytestmark = needs_triton
 
@@ -95,6 +98,45 @@ def test_rotation(sides: str, layout: str, head_dim: int) -> None:
     )  # fmt: skip
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("most", [0, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [16, 24])
+@pytest.mark.parametrize("layout", ["interleaved", "split"])
+@pytest.mark.parametrize("sides", ["key", "both"])
+def test_keys_turned_on_load_or_before(
+    sides: str, layout: str, head_dim: int, dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without gradients a few keys are turned as they are loaded, by no launch of their own; many by one."""
+    monkeypatch.setattr(triton, "MOST_KEYS_TURNED_ON_LOAD", most)
+    query, key, value = (draw(2, time, heads, head_dim).to(dtype) for time, heads in ((33, 4), (41, 2), (41, 2)))
+    query_angles, key_angles = (9 * torch.rand(*shape, head_dim // 2, device=DEVICE) for shape in ((33,), (2, 41)))
+    mask = torch.rand(2, 41, device=DEVICE) < 0.8
+
+    def attend(backend: str, exactly: bool = False) -> Tensor:
+        wide = torch.float64 if exactly else dtype
+        return sparse_query_attention(
+            query.to(wide), key.to(wide), value.to(wide), key_mask=mask, rotary_layout=layout, backend=backend,
+            query_angles=(query_angles.double() if exactly else query_angles) if sides == "both" else None,
+            key_angles=key_angles.double() if exactly else key_angles,
+        )  # fmt: skip
+
+    with count_launches() as launches:
+        fast = attend("triton")
+    assert dict(launches) == {"_sqa_fwd_kernel": 1, **({} if most else {"_rotary_kernel": 1})}
+    assert_accurate(fast, attend("reference"), attend("reference", exactly=True))
+
+
+@torch.no_grad()
+def test_angles_of_keys_that_do_not_stand_side_by_side() -> None:
+    query, key, value, angles = draw(1, 33, 2, 16), draw(1, 41, 1, 16), draw(1, 41, 1, 16), draw(41, 16)
+    found = [
+        sparse_query_attention(query, key, value, key_angles=one, backend="triton")
+        for one in (angles[:, ::2], angles[:, ::2].contiguous())
+    ]
+    assert torch.equal(*found)
+
+
 def test_views_and_a_scale() -> None:
     key, value = draw(2, 2, 9, 16).transpose(1, 2)[:, 1:7], draw(2, 9, 2, 32)[:, 1:7, :, ::2]
     query = draw(3, 5, 2, 2, 16)[:, :, :, 1].transpose(0, 1)[:2, :, :, :]
@@ -168,10 +210,3 @@ def test_two_runs_are_equal() -> None:
         out = sparse_query_attention(*sides, causal=True, backend="triton")
         runs.append((out, *torch.autograd.grad(out, sides, gradient)))
     assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
-
-
-def test_rotation_of_keys_is_a_launch_and_that_of_queries_is_none() -> None:
-    query, key, angles = draw(1, 20, 2, 16), draw(1, 20, 1, 16), torch.rand(20, 8, device=DEVICE)
-    with count_launches() as launches:
-        sparse_query_attention(query, key, key, query_angles=angles, key_angles=angles, backend="triton")
-    assert dict(launches) == {"_rotary_kernel": 1, "_sqa_fwd_kernel": 1}

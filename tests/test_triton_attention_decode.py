@@ -203,7 +203,7 @@ def test_no_keys_and_no_rows() -> None:
 @pytest.mark.usefixtures("_small_blocks")
 def test_the_operator_is_well_made() -> None:
     query, key = draw(2, 1, 2, 16), draw(2, 20, 1, 16)
-    arguments = (query, key, key, False, None, torch.tensor([20, 3], device=DEVICE), None, False, 0.25)
+    arguments = (query, key, key, False, None, torch.tensor([20, 3], device=DEVICE), None, None, False, 0.25)
     torch.library.opcheck(torch.ops.rxt_kernels.sparse_query_attention_inference_triton, arguments)
 
 

@@ -87,7 +87,8 @@ class Case:
         name: ``operation/shape/phase/dtype``.
         models: the models that have a layer of this shape.
         dtype: of its tensors.
-        phase: ``training`` (forward and backward), ``prefill``, ``decode`` or, for memory, ``update``.
+        phase: ``training`` (forward and backward), ``prefill`` (many tokens without gradients, an encoder's too), ``decode``
+            or, for memory, ``update``.
         operation: makes the call with the tensors that it draws.
     """
 
@@ -252,7 +253,8 @@ def _cross_entropy(draw: _Draw, *, phase: str, longest: int, width: int, vocabul
     return [linear_cross_entropy_triton(hidden, weight, draw.classes(SCORED, vocabulary))]
 
 
-_ALL, _WITHOUT_PREFILL, _TRAINING = ("training", "prefill", "decode"), ("training", "decode"), ("training",)
+_ALL, _TRAINING = ("training", "prefill", "decode"), ("training",)
+_WITHOUT_PREFILL, _WITHOUT_DECODE = ("training", "decode"), ("training", "prefill")
 _UPDATES = ("training", "update")
 
 
@@ -267,7 +269,7 @@ def _layers(
         yield f"rotary/{heads[1]}x{model.head_dim}-{model.rotary}", _rotary, _WITHOUT_PREFILL, {"heads": heads, **size}
     for heads in [model.bidirectional] if model.bidirectional else []:
         name = f"{heads[0]}-{heads[1]}x{model.head_dim}-{model.rotary}"
-        yield f"bidirectional_attention/{name}", _bidirectional, _TRAINING, {"heads": heads, **size}
+        yield f"bidirectional_attention/{name}", _bidirectional, _WITHOUT_DECODE, {"heads": heads, **size}
     for heads in model.reads:
         name = f"{heads[0]}-{heads[1]}x{model.head_dim}-{model.read_slots}-{model.rotary}"
         yield f"memory_read/{name}", _memory_read, _ALL, {"heads": heads, "slots": model.read_slots, **size}

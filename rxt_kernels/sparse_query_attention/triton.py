@@ -9,9 +9,10 @@ that reads it. Turned on load, a key costs head_dim sines and cosines each time,
 tile with head_dim 16 these are 64 * 16 * 30 = 31,000, as many as the softmax takes (64 * 64 scores, an exponential and some
 seven more each), and they grow with head_dim. Over a causal prefill of 2048 tokens with 8 heads that is 4 microseconds of
 all multiprocessors of an H100 (132 of them, 128 lanes, 1.8 GHz) for each layer; reading and writing the keys once, 4 heads
-in bfloat16, is 0.5 MB or 0.2 microseconds, and a launch. At 512 tokens the two are about even, above that the launch wins,
-and a cache holds rotated keys anyway. So keys are rotated once, by the kernel of ``rotary``, and so is the query in the
-backward pass, where it is loaded again for every block of keys.
+in bfloat16, is 0.5 MB or 0.2 microseconds, and a launch. At 512 tokens the two are about even. So keys of up to 512 tokens are
+turned on load in the forward pass, which is what an encoder and a memory update ask for; more of them, and those that a
+gradient is wanted for, are turned once by the kernel of ``rotary``, and so is the query in the backward pass, where it is loaded
+again for every block of keys. A cache holds rotated keys anyway.
 
 Where both sides are rotated, the layout of the pairs cannot be seen in a score; where only the query is, the split layout
 is laid out in registers.
@@ -32,6 +33,7 @@ from rxt_kernels.sparse_query_attention.triton_forward import attention_forward
 from rxt_kernels.triton_runtime import unsupported_tensors
 
 LARGEST_HEAD = 256
+MOST_KEYS_TURNED_ON_LOAD = 512
 
 
 @torch.library.custom_op("rxt_kernels::sparse_query_attention_triton", mutates_args=())
@@ -79,14 +81,19 @@ def _attention_inference(
     key_mask: Tensor | None,
     key_lengths: Tensor | None,
     query_angles: Tensor | None,
+    key_angles: Tensor | None,
     split_layout: bool,
     scale: float,
 ) -> Tensor:
     """Without gradients. The way is chosen in here, where sizes are numbers, so that no traced graph depends on it."""
-    arguments = AttentionArguments(query, key, value, causal, key_mask, key_lengths, query_angles, split_layout, scale)
-    if arguments.query_time <= MOST_QUERIES:
-        return attention_decode(arguments)
-    return attention_forward(arguments)[0]
+    few_queries = query.shape[1] <= MOST_QUERIES
+    if key_angles is not None and (few_queries or key.shape[1] > MOST_KEYS_TURNED_ON_LOAD):
+        key, key_angles = rotary_triton(key, key_angles, "split" if split_layout else "interleaved"), None
+        split_layout = split_layout and query_angles is not None
+    arguments = AttentionArguments(
+        query, key, value, causal, key_mask, key_lengths, query_angles, split_layout, scale, key_angles
+    )
+    return attention_decode(arguments) if few_queries else attention_forward(arguments)[0]
 
 
 @_attention.register_fake
@@ -169,16 +176,17 @@ def sparse_query_attention_triton(
     """
     if query_angles is not None and key_angles is not None:
         rotary_layout = "interleaved"  # gives the same scores, and needs no halves in registers
-    if key_angles is not None:
-        key = rotary_triton(key, key_angles, rotary_layout)
-    options = (
-        causal, key_mask, key_lengths, query_angles, query_angles is not None and rotary_layout == "split",
-        query.shape[3] ** -0.5 if scale is None else scale,
-    )  # fmt: skip
+    scale = query.shape[3] ** -0.5 if scale is None else scale
     mixed: Tensor
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        if key_angles is not None:
+            key = rotary_triton(key, key_angles, rotary_layout)
         key, value = (side.expand(query.shape[0], -1, -1, -1) for side in (key, value))
-        mixed = _attention(query, key, value, *options)[0]
+        is_split = query_angles is not None and rotary_layout == "split"
+        mixed = _attention(query, key, value, causal, key_mask, key_lengths, query_angles, is_split, scale)[0]
     else:
-        mixed = _attention_inference(query, key, value, *options)
+        is_split = (query_angles is not None or key_angles is not None) and rotary_layout == "split"
+        mixed = _attention_inference(
+            query, key, value, causal, key_mask, key_lengths, query_angles, key_angles, is_split, scale
+        )
     return mixed

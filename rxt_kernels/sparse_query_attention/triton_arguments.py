@@ -16,7 +16,7 @@ SMALLEST_TILE = 16
 
 @dataclass(frozen=True)
 class AttentionArguments:
-    """The tensors and options of a call; keys are rotated already, and a rotated query is given with its angles.
+    """The tensors and options of a call; what is to be rotated on load is given with its angles.
 
     Attributes:
         query: (B, Tq, Hq, dh).
@@ -25,8 +25,9 @@ class AttentionArguments:
         key_mask: (B, Tk) bool, or None.
         key_lengths: (B,) int64, or None.
         query_angles: (Tq, dh / 2) or (B, Tq, dh / 2), or None.
-        split_layout: whether rotated queries are laid out as two halves. Never set for a query that is not rotated.
+        split_layout: whether the one side that is rotated on load is laid out as two halves. Never set where none or both are.
         scale: factor on the scores.
+        key_angles: like those of the query, for the forward kernel alone; None for keys that are rotated already.
     """
 
     query: Tensor
@@ -38,6 +39,7 @@ class AttentionArguments:
     query_angles: Tensor | None
     split_layout: bool
     scale: float
+    key_angles: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -90,11 +92,25 @@ class AttentionArguments:
 
     @property
     def angles(self) -> tuple[Tensor, int, int, int]:
-        """The angles and their strides; a stand-in for angles that are not given, since no kernel reads it."""
-        if self.query_angles is None:
+        """The angles of the query and their strides."""
+        return self._with_strides(self.query_angles)
+
+    @property
+    def angles_of_keys(self) -> tuple[Tensor, int, int, int]:
+        """The same of the keys."""
+        return self._with_strides(self.key_angles)
+
+    @property
+    def angles_adjacent(self) -> bool:
+        """Whether the angles of the keys stand side by side, as models make them."""
+        angles = self.key_angles
+        return angles is not None and angles.stride(-1) == 1 and angles.stride(-2) == self.head_dim // 2
+
+    def _with_strides(self, angles: Tensor | None) -> tuple[Tensor, int, int, int]:
+        """Angles and their strides; a stand-in for angles that are not given, since no kernel reads it."""
+        if angles is None:
             return self.query, 0, 0, 0
-        batch_stride = self.query_angles.stride(0) if self.query_angles.dim() == 3 else 0
-        return self.query_angles, batch_stride, self.query_angles.stride(-2), self.query_angles.stride(-1)
+        return angles, angles.stride(0) if angles.dim() == 3 else 0, angles.stride(-2), angles.stride(-1)
 
     @property
     def visibility(self) -> tuple[Tensor, int, int, Tensor, int]:

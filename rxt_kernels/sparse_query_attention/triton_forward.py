@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rxt_kernels.configs import block_config
+from rxt_kernels.rotary.triton import angle_sines, rotate
 from rxt_kernels.sparse_query_attention.triton_arguments import AttentionArguments
 from rxt_kernels.sparse_query_attention.triton_tiles import (
     fold,
@@ -33,13 +34,18 @@ from rxt_kernels.triton_runtime import launch
 @triton.jit
 def _walk(
     highest, total, mixed, q, keys, values, key_time_stride, value_time_stride, key_columns, value_columns,
-    row, begin, end, last, offset, mask, mask_stride, scale_log2,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr,
+    row, begin, end, last, offset, mask, mask_stride, scale_log2, angles, angle_time_stride, angle_stride,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, KEYS_ROTATED: tl.constexpr,
+    SPLIT_LAYOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys from ``begin`` to ``end``; without MASKED these are whole blocks that every query sees."""
     for first in range(begin, end, BLOCK_N):
         key_row = first + tl.arange(0, BLOCK_N)
         k = load_tile(moved(keys, first, key_time_stride), key_row < last, key_columns, MASKED)
+        if KEYS_ROTATED:
+            place = key_row.to(tl.int64) * angle_time_stride
+            cosine, sine = angle_sines(angles, place, 1, angle_stride, key_row < last, HEAD_DIM // 2, BLOCK_D // 2)
+            k = rotate(k.to(tl.float32), cosine, sine, SPLIT_LAYOUT).to(k.dtype)
         v = load_tile(moved(values, first, value_time_stride), key_row < last, value_columns, MASKED)
         visible = None
         if MASKED:
@@ -55,10 +61,11 @@ def _sqa_fwd_kernel(
     key_batch_stride, key_time_stride, key_head_stride, key_stride,
     value_batch_stride, value_time_stride, value_head_stride, value_stride,
     angles, angle_batch_stride, angle_time_stride, angle_stride,
+    key_angles, key_angle_batch_stride, key_angle_time_stride, key_angle_stride,
     mask, mask_batch_stride, mask_stride, lengths, length_stride,
     HEADS: tl.constexpr, QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEADS_ADJACENT: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    ROTATED: tl.constexpr, SPLIT_LAYOUT: tl.constexpr,
+    ROTATED: tl.constexpr, KEYS_ROTATED: tl.constexpr, ANGLES_ADJACENT: tl.constexpr, SPLIT_LAYOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     batch = (tl.program_id(0) // HEADS).to(tl.int64)
@@ -74,7 +81,14 @@ def _sqa_fwd_kernel(
         angles + batch * angle_batch_stride, row.to(tl.int64) * angle_time_stride, angle_stride,
         HEAD_DIM, ROTATED, SPLIT_LAYOUT, BLOCK_D,
     )  # fmt: skip
-    key_column, key_columns = head_columns(HEAD_DIM, BLOCK_D, SPLIT_LAYOUT)
+    # Of what is rotated on load, pairs are read as they stand.
+    key_column, key_columns = head_columns(HEAD_DIM, BLOCK_D, SPLIT_LAYOUT and not KEYS_ROTATED)
+    key_angles += batch * key_angle_batch_stride
+    if (
+        ANGLES_ADJACENT
+    ):  # as constants, they let the compiler see that the angles of a key begin at multiples of 128 bits
+        key_angle_time_stride = HEAD_DIM // 2
+        key_angle_stride = 1
     column, columns = head_columns(HEAD_DIM, BLOCK_D, False)
     first_rows = tl.arange(0, BLOCK_N)
     key += batch * key_batch_stride + head_offset(key_head, key_head_stride, HEAD_DIM, HEADS_ADJACENT)
@@ -91,11 +105,13 @@ def _sqa_fwd_kernel(
     mixed = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     highest, total, mixed = _walk(
         highest, total, mixed, q, keys, values, key_time_stride, value_time_stride, key_columns, columns,
-        row, 0, whole, last, offset, mask, mask_stride, scale_log2, False, CAUSAL, HAS_MASK, BLOCK_N,
+        row, 0, whole, last, offset, mask, mask_stride, scale_log2, key_angles, key_angle_time_stride, key_angle_stride,
+        False, CAUSAL, HAS_MASK, KEYS_ROTATED, SPLIT_LAYOUT, HEAD_DIM, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     highest, total, mixed = _walk(
         highest, total, mixed, q, keys, values, key_time_stride, value_time_stride, key_columns, columns,
-        row, whole, end, last, offset, mask, mask_stride, scale_log2, True, CAUSAL, HAS_MASK, BLOCK_N,
+        row, whole, end, last, offset, mask, mask_stride, scale_log2, key_angles, key_angle_time_stride, key_angle_stride,
+        True, CAUSAL, HAS_MASK, KEYS_ROTATED, SPLIT_LAYOUT, HEAD_DIM, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
     seen = total > 0.0
@@ -121,7 +137,8 @@ def attention_forward(arguments: AttentionArguments) -> tuple[Tensor, Tensor]:
     launch(
         _sqa_fwd_kernel, grid, query, arguments.key, arguments.value, out, log_sum,
         arguments.query_time, arguments.key_time, arguments.scale_log2, *arguments.strides, *arguments.angles,
-        *arguments.visibility, ROTATED=arguments.query_angles is not None, SPLIT_LAYOUT=arguments.split_layout,
-        **arguments.switches, **config, on=query,
+        *arguments.angles_of_keys, *arguments.visibility, ROTATED=arguments.query_angles is not None,
+        KEYS_ROTATED=arguments.key_angles is not None, ANGLES_ADJACENT=arguments.angles_adjacent,
+        SPLIT_LAYOUT=arguments.split_layout, **arguments.switches, **config, on=query,
     )  # fmt: skip
     return out, log_sum

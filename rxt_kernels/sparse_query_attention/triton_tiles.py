@@ -16,8 +16,8 @@ from rxt_kernels.rotary.triton import angle_sines, rotate
 def head_columns(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT_LAYOUT: tl.constexpr):
     """Where the values of a tile's columns stand in a head, and which columns there are.
 
-    Queries that were rotated into the split layout have their second halves at BLOCK_D / 2. Only a head that is no power
-    of two makes a difference: its keys have to be laid out likewise.
+    A side that is rotated into the split layout as it is loaded has its second halves at BLOCK_D / 2. Only a head that is no
+    power of two makes a difference: the other side has to be laid out likewise.
     """
     column = tl.arange(0, BLOCK_D).to(tl.int64)
     if SPLIT_LAYOUT and HEAD_DIM < BLOCK_D:
@@ -63,8 +63,9 @@ def load_queries(
     HEAD_DIM: tl.constexpr, ROTATED: tl.constexpr, SPLIT_LAYOUT: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The queries at these places, rotated if they are to be, in their own dtype."""
-    # Pairs are read as they stand; it is the rotation that writes them as halves.
-    column, columns_inside = head_columns(HEAD_DIM, BLOCK_D, False)
+    # Pairs are read as they stand; it is the rotation that writes them as halves. Queries that meet keys which are laid out as
+    # halves, and are not rotated themselves, are read like that.
+    column, columns_inside = head_columns(HEAD_DIM, BLOCK_D, SPLIT_LAYOUT and not ROTATED)
     tile = load_tile(tile_pointers(pointer, place, 1, column, stride), rows_inside, columns_inside, True)
     if ROTATED:
         cosine, sine = angle_sines(angles, angle_place, 1, angle_stride, rows_inside, HEAD_DIM // 2, BLOCK_D // 2)
