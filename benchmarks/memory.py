@@ -12,19 +12,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from rxt_model.demo_model import demo_model_directory
+from rxt_model.interaction.state import model_fingerprint
 from rxt_model.models import RxTAlpha
 from rxt_model.stateless import SparseQueryTransformer
-from rxt_model.tokenizer import Tokenizer
 from rxt_model.training.recall import RecallReport, measure_history_recall, measure_recall, wilson_interval
+from rxt_model.training.sentences import VARIETIES
 
 from .devices import add_device_argument, choose_device
 from .environment import describe_environment, use_threads
@@ -36,22 +38,7 @@ __all__ = ["add_arguments", "main", "run"]
 NAME = "memory"
 _FEW = (1, 2, 4, 8, 12, 16)
 # What has to be the same for two parts of one result.
-_SAME = ("torch", "rxt_kernels", "commit")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured: conversations per point, distances in turns, and the models, by the folders they were in."""
-
-    conversations: int
-    distances: tuple[int, ...]
-    model: str
-    history: str | None
-
-    def __post_init__(self) -> None:
-        for name, least in (("conversations", self.conversations), ("distances", min(self.distances))):
-            if least < 1:
-                raise ValueError(f"{name} is {least}; it must be at least 1.")
+_SAME = ("gpu", "torch", "rxt_kernels", "commit")
 
 
 @dataclass(frozen=True)
@@ -64,17 +51,25 @@ class Curve:
     measure: Callable[..., RecallReport]
 
 
-def _curves(settings: Settings, device: torch.device) -> Iterator[Curve]:
-    model = RxTAlpha.from_pretrained(settings.model, dtype=torch.float32)
-    few = tuple(distance for distance in settings.distances if distance in _FEW) or settings.distances
+def _curves(
+    model: RxTAlpha, history: SparseQueryTransformer | None, distances: Sequence[int], variety: str
+) -> Iterator[Curve]:
+    every = tuple(distances)
+    few = tuple(distance for distance in distances if distance in _FEW) or every
     for condition, changed in (("memory", False), ("memory", True), ("reference", False), ("reset", False)):
-        distances = settings.distances if condition == "memory" else few
-        yield Curve(condition, changed, distances, partial(measure_recall, model, condition=condition, changed=changed))
-    if settings.history is not None:
-        stateless = SparseQueryTransformer.from_pretrained(settings.history).to(device)
-        tokenizer = model.tokenizer or Tokenizer.from_pretrained(settings.model)
+        own = every if condition == "memory" else few
+        measure = partial(measure_recall, model, condition=condition, changed=changed, variety=variety)
+        yield Curve(condition, changed, own, measure)
+    if history is not None:
+        assert model.tokenizer is not None  # or the first curve would have been refused
         for changed in (False, True):
-            yield Curve("history", changed, few, partial(measure_history_recall, stateless, tokenizer, changed=changed))
+            read = partial(measure_history_recall, history, model.tokenizer, changed=changed, variety=variety)
+            yield Curve("history", changed, few, read)
+
+
+def _told(model: nn.Module) -> dict[str, Any]:
+    """What is recorded of a model: where it was may hold another one tomorrow."""
+    return {"fingerprint": model_fingerprint(model), "parameters": sum(one.numel() for one in model.parameters())}
 
 
 def _row(report: RecallReport) -> dict[str, Any]:
@@ -118,6 +113,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--history", type=Path, help="directory of a trained stateless model")
     parser.add_argument("--conversations", type=int, default=150, help="per distance and curve (150)")
     parser.add_argument("--distances", type=int, nargs="+", default=list(range(1, 17)), help="turns (1 to 16)")
+    parser.add_argument(
+        "--wording",
+        choices=VARIETIES,
+        default="full",
+        help="sentences never seen in training: all of them, or those of the plain wording that training begins with",
+    )
     add_device_argument(parser)
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
     parser.add_argument("--json", metavar="FILE", help="save the results; also when interrupted")
@@ -150,14 +151,9 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: arguments that do not fit, before anything is measured.
     """
-    settings = Settings(
-        arguments.conversations,
-        tuple(arguments.distances),
-        str(arguments.model or demo_model_directory().name),
-        None if arguments.history is None else str(arguments.history),
-    )
-    if arguments.threads < 1:
-        raise ValueError(f"threads is {arguments.threads}; it must be at least 1.")
+    for name, least in (("conversations", arguments.conversations), ("distances", min(arguments.distances))):
+        if least < 1:
+            raise ValueError(f"{name} is {least}; it must be at least 1.")
     if arguments.resume and arguments.json is None:
         raise ValueError("--resume is given without --json; name the file to continue.")
     if arguments.plot is not None:
@@ -166,12 +162,19 @@ def run(arguments: argparse.Namespace) -> int:
         require_matplotlib()
     device = choose_device(arguments.device)
     use_threads(arguments.threads)
-    recorded = {**asdict(settings), "distances": list(settings.distances)}
-    results = Results(NAME, recorded, describe_environment(device), {})
+    model = RxTAlpha.from_pretrained(arguments.model or demo_model_directory(), dtype=torch.float32)
+    history = (
+        None if arguments.history is None else SparseQueryTransformer.from_pretrained(arguments.history).to(device)
+    )
+    settings = {
+        "conversations": arguments.conversations,
+        "distances": list(arguments.distances),
+        "wording": arguments.wording,
+        "model": _told(model),
+        "history": None if history is None else _told(history),
+    }
+    results = Results(NAME, settings, describe_environment(device), {})
     rows = _resumed(arguments.json, results) if arguments.resume else []
-    where = settings if arguments.model else Settings(
-        settings.conversations, settings.distances, str(demo_model_directory()), settings.history
-    )  # fmt: skip
     status = 0
 
     def save(*, complete: bool) -> None:
@@ -181,10 +184,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         with tqdm(disable=None, unit="point", leave=False) as progress:
-            for curve in _curves(where, device):
+            for curve in _curves(model, history, arguments.distances, arguments.wording):
                 for distance in curve.distances:
                     if (curve.condition, curve.changed, distance) not in map(_key, rows):
-                        measured = curve.measure(distances=(distance,), conversations=settings.conversations)
+                        measured = curve.measure(distances=(distance,), conversations=arguments.conversations)
                         rows.append(_row(measured))
                         save(complete=False)
                     progress.update()

@@ -245,7 +245,7 @@ def _caption(results: Results) -> str:
         tokens = "messages of real length"
     repeats = results.summary["repeats_measured"]
     band = ", bands: 20th to 80th percentile" if repeats > 2 else ""
-    backends = " and ".join(dict.fromkeys(row["backend"] for row in results.rows))
+    backends = " and ".join(dict.fromkeys(row["backend"] for row in results.rows if row["name"] in _COMPARED))
     return (
         f"{settings['model']}: decoder {counts['rxt_decoder'] / 1e6:.1f} M parameters, stateless LLM "
         f"{counts['stateless'] / 1e6:.1f} M; {tokens} from {settings['dialogues']}.\n"

@@ -95,8 +95,8 @@ def make_rows(
                 {
                     "name": system.name,
                     "turn": number + 1,
-                    "backend": backend,
-                    "dtype": "float32",
+                    "backend": system.backend or backend,
+                    "dtype": system.dtype,
                     "shape": {
                         "batch": 1,
                         "history": _middle([history for _, history in pairs]),

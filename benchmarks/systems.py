@@ -81,6 +81,8 @@ class System(Protocol):
 
     name: str
     title: str
+    backend: str | None  # None where it is that of the run
+    dtype: str
 
     def decoding(self) -> str:
         """How answers are decoded, and why, in one sentence."""
@@ -106,6 +108,9 @@ class System(Protocol):
 
 class RxTSystem:
     """A Reactive Transformer with random or trained weights."""
+
+    backend: str | None = None
+    dtype = "float32"
 
     def __init__(self, model: ReactiveTransformer) -> None:
         self.name, self.title = "rxt", "RxT"
@@ -174,6 +179,9 @@ class RxTSystem:
 
 class StatelessSystem:
     """A decoder-only model that is given its history."""
+
+    backend: str | None = None
+    dtype = "float32"
 
     def __init__(self, model: SparseQueryTransformer, token_ids: TokenIds, *, keep_cache: bool) -> None:
         self.name = "stateless-cached" if keep_cache else "stateless-reread"

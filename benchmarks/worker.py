@@ -62,7 +62,10 @@ class Worker:
             line = ""
         if not line:
             raise RuntimeError(f"the process of {self._whose} ended with status {process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError:
+            raise RuntimeError(f"{self._whose} answered {line.strip()!r}, which is not JSON") from None
         if "error" in answer:
             raise RuntimeError(f"{self._whose} failed: {answer['error']}")
         return answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -147,6 +148,27 @@ def test_gradients_flow_through_the_modules() -> None:
     encoder = make("alpha").encoder
     assert "gradients" in explain_encoding(encoder)
     assert encode(encoder, _tokens(1, 4)).requires_grad
+
+
+@torch.no_grad()
+def test_ids_and_masks_of_other_integers_are_ids_and_masks() -> None:
+    encoder, tokens, mask = make("alpha").encoder, _tokens(2, 6), _mask(6, 4)
+    expected = encode(encoder, tokens, mask)
+    assert torch.equal(encode(encoder, tokens.int(), mask.int()), expected)
+    nothing = torch.zeros_like(mask)
+    nothing[1] = True
+    states = encode(encoder, tokens, nothing)
+    assert not states[:, 0].any()
+    torch.testing.assert_close(states[:, 1], _expected(encoder, tokens[1:])[:, 0], rtol=2e-5, atol=2e-5)
+
+
+def test_threads_share_an_encoder() -> None:
+    native = NativeEncoder(encoder_weights(make("beta").encoder))
+    inputs = [_tokens(rows, 9, seed=rows) for rows in (1, 2, 3)]
+    expected = [native.encode(tokens) for tokens in inputs]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(native.encode, inputs * 20))
+    assert all(torch.equal(one, expected[index % 3]) for index, one in enumerate(found))
 
 
 @torch.no_grad()

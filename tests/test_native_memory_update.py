@@ -321,6 +321,45 @@ def test_one_call_and_its_parts_agree(variant: str) -> None:
         torch.testing.assert_close(whole, parts.detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("padding", ["mask", "dilute"])
+@pytest.mark.parametrize(("kind", "per_slot", "status", "activation"), GATES)
+def test_one_call_with_every_gate(kind: str, per_slot: bool, status: str, activation: str, padding: str) -> None:
+    """One memory for a batch, so that every gate is called once per row of it."""
+    layers, mean_norm = make_memory_update_layers(
+        "gated-self-interlayer", 2, 9, 12, query_heads=2, key_value_heads=4,
+        generator=torch.Generator().manual_seed(3),
+    )  # fmt: skip
+    gate = make_gate(kind, 9, 12, per_slot=per_slot, status=status, activation=activation)
+    inputs = _update("gated-self-interlayer", 3) | {
+        "memory": _draw(2, 1, 9, 12), "encoded": _draw(2, 3, 7, 12, seed=1), "mean_norm": mean_norm, "padding": padding,
+        "layers": [layer._replace(residual_gate=gate, context_gate=gate, interlayer_gate=gate) for layer in layers],
+        "key_angles": None,
+    }  # fmt: skip
+    assert_accurate(
+        _run(inputs, torch.float32, "native"),
+        _run(inputs, torch.float32, "reference"),
+        _run(inputs, torch.float64, "reference"),
+    )
+
+
+@pytest.mark.parametrize("gated_attention", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_is_written_for_an_empty_batch(variant: str, gated_attention: bool) -> None:
+    inputs = _update(variant, 1, gated_attention=gated_attention)
+    inputs |= {"encoded": inputs["encoded"][:, :0], "key_mask": None}
+    assert _run(inputs, torch.float32, "native").shape == (4, 0, 9, 12)
+
+
+def test_defaults_of_torch_do_not_matter() -> None:
+    inputs = _update("interlayer")
+    expected = _run(inputs, torch.float32, "native")
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(_run(inputs, torch.float32, "native"), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_bits_of_an_update_do_not_depend_on_threads() -> None:
     inputs = _update("gated-self-interlayer")
     before, found = torch.get_num_threads(), []

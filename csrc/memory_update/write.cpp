@@ -336,7 +336,7 @@ private:
         const auto include = [&](const Attention& own, const Keys& keys) {
             query = std::max(query, sizes.memory_rows() * own.query_width());
             key = std::max(key, keys.batch * keys.time * own.key_width());
-            mixed = std::max(mixed, keys.batch * sizes.slots * own.mixed());
+            mixed = std::max(mixed, std::max(keys.batch, sizes.memories) * sizes.slots * own.mixed());
             const auto elements = [](const Projection& p) { return packed_elements(DType::float32, p.outputs, p.inputs); };
             packed = std::max({packed, elements(own.query) + elements(own.key) + elements(own.value) +
                                            (own.gated ? elements(own.gate) : 0), elements(own.output)});
@@ -347,13 +347,15 @@ private:
             include(layer.attention, interaction);
             if (reads_own) include(layer.context_attention, {sizes.memories, sizes.slots, nullptr, 0, {}, false});
         }
+        // Memories that read themselves may be more than those that are written: a batch can be empty.
         const int64_t state = sizes.memory_rows() * sizes.width;
+        const int64_t states = std::max(sizes.memory_rows(), sizes.written_rows());
         Pieces pieces;
         const int64_t means = pieces.add(groups * state), own = pieces.add(state), blended = pieces.add(blends ? state : 0),
                       after = pieces.add(reads_own ? state : 0), keys_in = pieces.add(sizes.encoded_rows() * sizes.width),
                       queries = pieces.add(query), keys = pieces.add(key), values = pieces.add(key),
                       opened = pieces.add(gated ? mixed : 0), heads = pieces.add(mixed),
-                      written = pieces.add(sizes.written_rows() * sizes.width), status = pieces.add(sizes.written_rows()),
+                      written = pieces.add(states * sizes.width), status = pieces.add(states),
                       weights = pieces.add(packed), inner = pieces.add(attention);
         float* scratch = Scratch::floats(pieces.total());
         means_ = scratch + means;

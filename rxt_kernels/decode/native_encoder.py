@@ -38,7 +38,7 @@ class NativeEncoder:
         self._layers, self._width = len(weights.layers), weights.embedding.shape[1]
         with torch.inference_mode(False), torch.no_grad():
             self._network = native_encoder(weights, str(self._dtype).removeprefix("torch."))
-        self._engines: dict[int, Any] = {}
+        self._kept: tuple[int, Any] = (0, None)
 
     @staticmethod
     def supports(weights: EncoderWeights) -> str | None:
@@ -65,13 +65,14 @@ class NativeEncoder:
         if tokens.dim() != 2 or not tokens.numel():
             refuse_shape("tokens", tokens, "(B, T) with at least one token")
         rows, time = tokens.shape
-        states = torch.empty(self._layers, rows, time, self._width)
+        if mask is not None and (mask.shape != tokens.shape or mask.dtype is not torch.bool):
+            refuse_shape("mask", mask, f"{tuple(tokens.shape)}, bool")
+        states = torch.empty(self._layers, rows, time, self._width, dtype=torch.float32, device="cpu")
         if mask is None or bool(mask.all()):
-            places = torch.arange(rows).repeat_interleave(time), torch.arange(time).repeat(rows)
+            row, position = (torch.arange(count, device="cpu") for count in (rows, time))
+            places = row.repeat_interleave(time), position.repeat(rows)
             chosen = tokens.reshape(-1)
         else:
-            if mask.shape != tokens.shape or mask.dtype is not torch.bool:
-                refuse_shape("mask", mask, f"{tuple(tokens.shape)}, bool")
             if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
                 raise ValueError(
                     "mask has a token behind padding; accepted are rows whose tokens stand at the beginning."
@@ -84,9 +85,10 @@ class NativeEncoder:
         return states.to(self._dtype)
 
     def _engine(self, rows: int) -> Any:
-        """The extension's engine for at least so many rows; states (.., rows, ..) are for exactly as many."""
-        if rows not in self._engines:
+        """The extension's engine for so many rows; that of the last call is kept. Threads may make one each."""
+        kept_rows, engine = self._kept
+        if kept_rows != rows:
             stored = "float32" if self._dtype is torch.float32 else "bfloat16"
-            network = {**self._network, "capacity": 64}
-            self._engines = {rows: native_runtime.extension.DecodeEngine(network, rows, stored)}
-        return self._engines[rows]
+            engine = native_runtime.extension.DecodeEngine({**self._network, "capacity": 64}, rows, stored)
+            self._kept = rows, engine
+        return engine

@@ -180,7 +180,7 @@ def _write(
         )
         for layer in layers
     ]
-    out = torch.empty(encoded.shape[0], encoded.shape[1], *memory.shape[2:])
+    out = torch.empty(encoded.shape[0], encoded.shape[1], *memory.shape[2:], dtype=torch.float32, device="cpu")
     extension.memory_write(
         memory.detach().float().contiguous(), encoded.detach().float().contiguous(), parameters,
         _norm_arguments(mean_norm), _group_count(variant, groups) if reads_mean else 0, EPSILON, key_mask, *tables,

@@ -101,7 +101,8 @@ class Conversation(TextInterface):
     memory_attention: RxTMemoryAttention
 
     decode_engine: str = "auto"
-    """How answers are decoded: "auto", "modules", or the name of an engine of :mod:`rxt_kernels.decode`.
+    """How answers are decoded: "auto", "modules", or the name of an engine of :mod:`rxt_kernels.decode`. With "modules",
+    interactions are encoded by the modules too.
 
     An answer without a cache (``use_self_attn_cache=False``) is always computed by the modules: that is what it is for.
     """
@@ -163,8 +164,9 @@ class Conversation(TextInterface):
         mask = None if len(set(map(len, rows))) == 1 else columns < lengths[:, None]
         encoded = self._encode(input_ids, mask)
         self.stm.load(self.memory_attention(encoded, mask, self.stm.memory))
-        prepare_memory(self.decoder, self.stm.memory)
         self._turns += 1
+        if self.decode_engine != MODULES:
+            prepare_memory(self.decoder, self.stm.memory)
 
     def _encode(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
         by_modules = self.decode_engine == MODULES
@@ -207,7 +209,8 @@ class Conversation(TextInterface):
             # Real tokens to the front, where a message alone has them: memory attention knows positions.
             order = (~mask).long().argsort(dim=1, stable=True)
             input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
-        encoded = self._encode(input_ids, mask)
+        # What stands at padded positions is stored with `force`, and the native encoder leaves zeros there.
+        encoded = self.encoder(input_ids, mask) if force else self._encode(input_ids, mask)
         if add_noise:
             encoded = encoded + add_noise * torch.randn_like(encoded)
         if not force:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -212,19 +213,25 @@ def engine_decoding(
 
 @no_gradients()
 def prepare_memory(decoder: CausalModel, memory: Tensor) -> None:
-    """Let the engine that answered the last message read a memory now, so that the next message need not wait for it."""
+    """Let the engine that answered the last message read a memory now, so that the next message need not wait for it.
+
+    An answer that this engine still gives ends with a sentence. What fails here fails again, and is told, when the next
+    message reads the memory.
+    """
     module = cast(nn.Module, decoder)
     kept = _kept.get(module)
     if kept is None or kept.engine is None or memory.shape[1] not in (1, kept.engine.rows):
         return
     if kept.state == look_at(module).state:
-        kept.read(memory)
+        kept.message += 1
+        with suppress(Exception):
+            kept.read(memory)
 
 
 @no_gradients()
 def own_engine(decoder: CausalModel, engine: str, precision: str | None = None) -> DecodeEngine:
     """An engine for one conversation of its own, on weights that are packed once for all of this model's.
 
-    It decodes with the weights as they are now; ``weights_state`` tells when they have changed.
+    It decodes with the weights as they are now; ``look_at(decoder).state`` tells when they have changed.
     """
     return _keep(decoder).made(engine, 1, precision).another(1)

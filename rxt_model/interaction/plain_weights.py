@@ -22,7 +22,7 @@ from rxt_model.layers.transformer_layer import TransformerLayer
 from rxt_model.memory import ShortTermMemory
 from rxt_model.stateless import SparseQueryTransformer, StatelessNetwork
 
-__all__ = ["Look", "State", "known_to_engines", "look_at"]
+__all__ = ["Look", "State", "known_to_engines", "look_at", "weights_state"]
 
 _KNOWN: set[type[nn.Module]] = {
     RxTDecoder, DecoderNetwork, RxTEncoder, EncoderNetwork, SparseQueryTransformer, StatelessNetwork, TransformerLayer,
@@ -64,14 +64,29 @@ class Look(NamedTuple):
     """Why weights do not say all that the modules compute, in one sentence; None if they do. Dropout, of which the
     configuration tells, is for the caller to look at."""
     state: State
+    """Empty where there is a reason."""
 
 
 def look_at(model: nn.Module) -> Look:
     """Go once through all modules and parameters of a model."""
     modules = _modules(model)
-    parameters = [parameter for one in modules for parameter in one._parameters.values() if parameter is not None]
-    state = tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in parameters)
-    return Look(_foreign(model, modules, parameters), state)
+    parameters = _parameters(modules)
+    if (reason := _foreign(model, modules, parameters)) is not None:
+        return Look(reason, ())
+    return Look(None, _state(parameters))
+
+
+def weights_state(model: nn.Module) -> State:
+    """The state of the weights of any model."""
+    return _state(_parameters(_modules(model)))
+
+
+def _parameters(modules: Sequence[nn.Module]) -> list[Tensor]:
+    return [parameter for one in modules for parameter in one._parameters.values() if parameter is not None]
+
+
+def _state(parameters: Sequence[Tensor]) -> State:
+    return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in parameters)
 
 
 def _foreign(model: nn.Module, modules: Sequence[nn.Module], parameters: Sequence[Tensor]) -> str | None:

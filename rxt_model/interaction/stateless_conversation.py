@@ -25,7 +25,7 @@ from rxt_model.interaction.engine import (
     explain_choice,
     own_engine,
 )
-from rxt_model.interaction.plain_weights import look_at
+from rxt_model.interaction.plain_weights import weights_state
 from rxt_model.interaction.sampling import Sampler, SamplingOptions
 from rxt_model.interaction.templates import fits
 from rxt_model.interaction.text import TextInterface
@@ -283,7 +283,7 @@ class StatelessConversation(TextInterface):
     def _engine_in_use(self) -> DecodeEngine | None:
         """The engine of this conversation, which holds what was read; a new one where something else is to decode now."""
         name = choose_engine(self.model, self.decode_engine, self.decode_weights).engine
-        made_for = (name, self.decode_weights, look_at(self.model).state)
+        made_for = (name, self.decode_weights, weights_state(self.model))
         lost = self._engine is None and name != MODULES
         if lost or self._engine_made_for != made_for:
             self._forget_keys()

@@ -17,20 +17,23 @@ from .settings import TrainingSettings
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
-CHECKPOINT_FORMAT = "rxt-training-2"
+CHECKPOINT_FORMAT = "rxt-training-3"
 
 
-def _fingerprint(settings: TrainingSettings) -> str:
-    """The settings that decide the course of a run, to refuse resuming a different one."""
+def _fingerprint(settings: TrainingSettings, episodes: str) -> str:
+    """What decides the course of a run, to refuse resuming a different one."""
     values = asdict(settings)
     values.pop("checkpoint_every")
-    return json.dumps(values, sort_keys=True)
+    return json.dumps({**values, "episodes": episodes}, sort_keys=True)
 
 
 def save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: TrainingSettings, step: int
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: TrainingSettings, step: int, episodes: str
 ) -> None:
-    """Write model and optimizer to one safetensors file, under a temporary name first. ``step`` steps are done."""
+    """Write model and optimizer to one safetensors file, under a temporary name first.
+
+    ``step`` steps are done, on the episodes of :meth:`EpisodeWriter.fingerprint`.
+    """
     tensors: dict[str, Tensor] = {}
     for name, parameter in dict(model.named_parameters()).items():
         tensors[f"model/{name}"] = parameter.detach().contiguous()
@@ -38,12 +41,14 @@ def save_checkpoint(
         for key in ("exp_avg", "exp_avg_sq"):
             if key in state:
                 tensors[f"{key}/{name}"] = state[key].contiguous()
-    metadata = {"format": CHECKPOINT_FORMAT, "step": str(step), "settings": _fingerprint(settings)}
+    metadata = {"format": CHECKPOINT_FORMAT, "step": str(step), "settings": _fingerprint(settings, episodes)}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: TrainingSettings) -> int:
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: TrainingSettings, episodes: str
+) -> int:
     """Restore what :func:`save_checkpoint` wrote; returns the number of steps done.
 
     Raises:
@@ -59,9 +64,9 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         ) from error
     if metadata.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(f"{path} is not a training checkpoint of this version; delete it to start again.")
-    if metadata.get("settings") != _fingerprint(settings):
+    if metadata.get("settings") != _fingerprint(settings, episodes):
         raise ValueError(
-            f"The training checkpoint {path} was made with other settings (steps, seed, rates or stages); "
+            f"The training checkpoint {path} was made with other settings (steps, seed, rates, stages or wording); "
             "give the same settings, another output directory, or resume=False."
         )
     step = int(metadata["step"])

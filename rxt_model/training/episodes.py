@@ -6,6 +6,7 @@ An episode is a list of :class:`Turn`. Training episodes mix everything at rando
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,6 +87,21 @@ class EpisodeWriter:
     def for_split(cls, split: str, dialogue: DialogueTurns, variety: str = "full") -> EpisodeWriter:
         """The writer for ``"train"`` or ``"held_out"``, in ``"plain"`` or ``"full"`` wording."""
         return cls(Wording(split, variety), dialogue.train if split == "train" else dialogue.held_out)
+
+    def fingerprint(self) -> str:
+        """Changes with the sentences and the dialogue that episodes are written from."""
+        own = self.wording
+        parts = (
+            own.tells,
+            own.asks,
+            own.updates,
+            own.pairs,
+            own.tell_frames,
+            own.update_frames,
+            own.ask_frames,
+            own.small_talk,
+        )
+        return hashlib.sha256(repr((parts, self.dialogue)).encode()).hexdigest()
 
     def episode(self, rng: random.Random, turns: int, *, max_facts: int = 12, changes: float = 0.25) -> list[Turn]:
         """A training episode: statements, changes, questions and chat in random proportions, ending in a question.

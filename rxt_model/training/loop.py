@@ -148,7 +148,7 @@ def train(
     optimizer = make_optimizer(model, settings)
     done = 0
     if checkpoint is not None and resume and checkpoint.exists():
-        done = load_checkpoint(checkpoint, model, optimizer, settings)
+        done = load_checkpoint(checkpoint, model, optimizer, settings, writer.fingerprint())
     last = settings.steps if stop_after is None else min(stop_after, settings.steps)
     losses: list[float] = []
     running: float | None = None
@@ -168,6 +168,6 @@ def train(
             if on_step is not None:
                 on_step(step + 1, result)
             if checkpoint is not None and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == last):
-                save_checkpoint(checkpoint, model, optimizer, settings, step + 1)
+                save_checkpoint(checkpoint, model, optimizer, settings, step + 1, writer.fingerprint())
     model.eval()
     return losses

@@ -195,6 +195,7 @@ def measure_recall(
     condition: str = "memory",
     changed: bool = False,
     split: str = "held_out",
+    variety: str = "full",
     seed: int = 1,
     writer: EpisodeWriter | None = None,
     progress: Callable[[RecallPoint], None] | None = None,
@@ -209,8 +210,9 @@ def measure_recall(
             ``"reset"`` to draw the memory anew before every turn.
         changed: tell each fact twice with different values; only the newer one is right.
         split: ``"held_out"`` wording and dialogue, or ``"train"``.
+        variety: ``"full"`` wording, or ``"plain"``, the part of it that training begins with.
         seed: of conversations and initial memories.
-        writer: episodes to use instead of those of ``split``.
+        writer: episodes to use instead of those of ``split`` and ``variety``.
         progress: called after each distance.
 
     Returns:
@@ -225,7 +227,7 @@ def measure_recall(
     if model.tokenizer is None:
         raise ValueError("The model has no tokenizer; load it with one, because recall is measured on text.")
     tokenizer = model.tokenizer
-    writer = writer or EpisodeWriter.for_split(split, load_dialogue())
+    writer = writer or EpisodeWriter.for_split(split, load_dialogue(), variety)
     state, turns, training = model.export_stm_state(), model.turns, model.training
     model.eval()
 
@@ -278,6 +280,7 @@ def measure_history_recall(
     conversations: int = 200,
     changed: bool = False,
     split: str = "held_out",
+    variety: str = "full",
     seed: int = 1,
     writer: EpisodeWriter | None = None,
     progress: Callable[[RecallPoint], None] | None = None,
@@ -288,7 +291,7 @@ def measure_history_recall(
         ValueError: for an argument out of range.
     """
     _check(distances, conversations)
-    writer = writer or EpisodeWriter.for_split(split, load_dialogue())
+    writer = writer or EpisodeWriter.for_split(split, load_dialogue(), variety)
     special = tokenizer.special_tokens
     end = special.eos
     training = model.training

@@ -4,8 +4,8 @@ A file has sections, ``[tell]`` for example, of one sentence per line; ``#`` beg
 goes on with ``[tell]``. The first are the *plain* wording that training begins with, both together the *full* one.
 
 One sentence in five is **held out**: never seen in training, and recall is measured on held-out ones alone. The draw is
-made from a fixed seed, not chosen by hand, and in every section by itself: a sentence that is added to a section named
-``more`` moves no other across the line.
+made from a fixed seed, not chosen by hand, and in every section by itself. A sentence more in a section draws that section
+anew, so what a model was trained on stays as it is; new sentences want a section of their own.
 """
 
 from __future__ import annotations
