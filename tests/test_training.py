@@ -546,11 +546,11 @@ def test_the_shipped_model_remembers_what_unseen_wording_told_it() -> None:
     pytest.importorskip("chitchat_dataset")
     assert (DEMO / "model.safetensors").stat().st_size <= 8_000_000
     model = load_demo_model()
-    memory = measure_recall(model, distances=(1, 8), conversations=40, seed=5).curve()
-    # Measured on 150 conversations: see benchmarks/results/memory.json. The margins are four standard errors of 40.
-    assert memory[1] >= 0.75
-    assert memory[8] >= 0.4
-    changed = measure_recall(model, distances=(4,), conversations=40, changed=True, seed=5).curve(changed=True)
-    assert changed[4] >= 0.15
+    memory = measure_recall(model, distances=(1, 8), conversations=80, seed=5).curve()
+    # Measured on 150 conversations: see benchmarks/results/memory.json. The margins are four standard errors of 80.
+    assert memory[1] >= 0.76
+    assert memory[8] >= 0.63
+    changed = measure_recall(model, distances=(4,), conversations=80, changed=True, seed=5).curve(changed=True)
+    assert changed[4] >= 0.35
     reset = measure_recall(model, distances=(4,), conversations=40, condition="reset", seed=5).curve("reset")
     assert reset[4] <= 0.2

@@ -149,7 +149,7 @@ DEMO_PHASES = (
     ),
 )  # fmt: skip
 """First what memory is for, in short and then in long conversations; its schedule is left early, while steps are still long.
-Then the same with a rate that falls to nothing: that is when recall of old facts comes. Then three times as many sentences, for
+Then the same with a rate that falls to nothing: that is when recall of old facts comes. Then four times as many sentences, for
 what people say in other words than the first two heard.
 
 Long episodes want small steps: at the full rate, training on eighteen turns became unstable, and a trained model that
