@@ -123,13 +123,15 @@ def test_keys_turned_on_load_or_before(
 
     with count_launches() as launches:
         fast = attend("triton")
-    assert dict(launches) == {"_sqa_fwd_kernel": 1, **({} if most else {"_rotary_kernel": 1})}
+    on_load = most > 0 and dtype is not torch.float32
+    assert dict(launches) == {"_sqa_fwd_kernel": 1, **({} if on_load else {"_rotary_kernel": 1})}
     assert_accurate(fast, attend("reference"), attend("reference", exactly=True))
 
 
 @torch.no_grad()
 def test_angles_of_keys_that_do_not_stand_side_by_side() -> None:
-    query, key, value, angles = draw(1, 33, 2, 16), draw(1, 41, 1, 16), draw(1, 41, 1, 16), draw(41, 16)
+    query, key, value = (draw(1, time, heads, 16).half() for time, heads in ((33, 2), (41, 1), (41, 1)))
+    angles = draw(41, 16)
     found = [
         sparse_query_attention(query, key, value, key_angles=one, backend="triton")
         for one in (angles[:, ::2], angles[:, ::2].contiguous())

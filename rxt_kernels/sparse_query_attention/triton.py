@@ -10,9 +10,9 @@ tile with head_dim 16 these are 64 * 16 * 30 = 31,000, as many as the softmax ta
 seven more each), and they grow with head_dim. Over a causal prefill of 2048 tokens with 8 heads that is 4 microseconds of
 all multiprocessors of an H100 (132 of them, 128 lanes, 1.8 GHz) for each layer; reading and writing the keys once, 4 heads
 in bfloat16, is 0.5 MB or 0.2 microseconds, and a launch. At 512 tokens the two are about even. So keys of up to 512 tokens are
-turned on load in the forward pass, which is what an encoder and a memory update ask for; more of them, and those that a
-gradient is wanted for, are turned once by the kernel of ``rotary``, and so is the query in the backward pass, where it is loaded
-again for every block of keys. A cache holds rotated keys anyway.
+turned on load in the forward pass, which is what an encoder and a memory update ask for; more of them, those in float32, whose
+tiles leave no registers for sines, and those that a gradient is wanted for, are turned once by the kernel of ``rotary``. So is
+the query in the backward pass, where it is loaded again for every block of keys. A cache holds rotated keys anyway.
 
 Where both sides are rotated, the layout of the pairs cannot be seen in a score; where only the query is, the split layout
 is laid out in registers.
@@ -87,7 +87,8 @@ def _attention_inference(
 ) -> Tensor:
     """Without gradients. The way is chosen in here, where sizes are numbers, so that no traced graph depends on it."""
     few_queries = query.shape[1] <= MOST_QUERIES
-    if key_angles is not None and (few_queries or key.shape[1] > MOST_KEYS_TURNED_ON_LOAD):
+    many_keys = key.shape[1] > MOST_KEYS_TURNED_ON_LOAD or key.element_size() > 2
+    if key_angles is not None and (few_queries or many_keys):
         key, key_angles = rotary_triton(key, key_angles, "split" if split_layout else "interleaved"), None
         split_layout = split_layout and query_angles is not None
     arguments = AttentionArguments(

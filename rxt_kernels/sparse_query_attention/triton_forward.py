@@ -132,7 +132,9 @@ def attention_forward(arguments: AttentionArguments) -> tuple[Tensor, Tensor]:
     log_sum = torch.empty(
         arguments.batch, arguments.heads, arguments.query_time, dtype=torch.float32, device=query.device
     )
-    config = block_config("sqa_fwd", query, arguments.head_dim)
+    # Sines and cosines in the loop take registers, and smaller tiles.
+    name = "sqa_fwd" if arguments.key_angles is None else "sqa_fwd_turning"
+    config = block_config(name, query, arguments.head_dim)
     grid = arguments.batch * arguments.heads, triton.cdiv(arguments.query_time, config["BLOCK_M"])
     launch(
         _sqa_fwd_kernel, grid, query, arguments.key, arguments.value, out, log_sum,
