@@ -92,7 +92,7 @@ MUTATIONS = {
     ),
     "old memory kept whole beside the new": Mutation(
         f"{MEMORY}.triton_gate", "_open", "factor * tl.sigmoid(-factor * before)", "factor * tl.sigmoid(factor * before)",
-        lambda: test_triton_memory_update.test_residual_gate("static", True, "mean", "sigmoid"),
+        lambda: test_triton_memory_update.test_residual_gate("static", True, "mean", "sigmoid", torch.float32),
     ),
     "mean left out of the gradient of a norm": Mutation(
         "rxt_kernels.rms_norm.triton", "_rms_norm_bwd_kernel", "scaled - normed * mean[:, None]", "scaled",

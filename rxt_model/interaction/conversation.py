@@ -163,10 +163,11 @@ class Conversation(TextInterface):
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)
         mask = None if len(set(map(len, rows))) == 1 else columns < lengths[:, None]
         encoded = self._encode(input_ids, mask)
-        self.stm.load(self.memory_attention(encoded, mask, self.stm.memory))
+        stm = self.stm  # asked for once: that of a drop-in follows another library's memory every time
+        stm.load(self.memory_attention(encoded, mask, stm.memory))
         self._turns += 1
         if self.decode_engine != MODULES:
-            prepare_memory(self.decoder, self.stm.memory)
+            prepare_memory(self.decoder, stm.memory)
 
     def _encode(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
         by_modules = self.decode_engine == MODULES
