@@ -40,15 +40,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix=f"{directory.name}.", dir=directory.parent) as temporary:
         target = Path(temporary) / "packages"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
-        subprocess.run([*command, *PACKAGES], check=True, env={"CMAKE_ARGS": options, **os.environ})
+        _run([*command, *PACKAGES], {"CMAKE_ARGS": os.environ.get("CMAKE_ARGS", options)})
         if not is_installed(target):
             raise SystemExit(
                 f"{' and '.join(PACKAGES)} were installed, but llama_cpp or the weights are not among them"
             )
-        subprocess.run(
-            [sys.executable, "-c", "import llama_cpp"], check=True, env={**os.environ, "PYTHONPATH": str(target)}
-        )
+        _run([sys.executable, "-c", "import llama_cpp"], {"PYTHONPATH": str(target)})
         target.rename(directory)
+
+
+def _run(command: list[str], variables: dict[str, str]) -> None:
+    """Run a command; one that fails has said why, and ends the program in a sentence."""
+    status = subprocess.run(command, check=False, env={**os.environ, **variables}).returncode
+    if status:
+        raise SystemExit(f"{' '.join(command[1:4])} ended with status {status}; nothing was installed.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """SmolLM2-135M-Instruct by llama.cpp, a language model that people run on CPUs today, as further systems of ``scaling``.
 
 It is another model of another size, with weights of 4 bits (Q4_1), and it says sense; what is compared is how its cost grows, not
-what it knows. The tokens of its turns are as many as everyone's, and numbers below its vocabulary: cost does not depend on them.
+what it knows, and its answers are not checked. The tokens of its turns are as many as everyone's, and numbers below its
+vocabulary: cost does not depend on them.
 It lies in ``$RXT_SMOLLM2_DIR`` or ``.smollm2`` beside this package, where ``make smollm2`` puts it.
 """
 
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .dialogues import Turn
 from .install_smollm2 import is_installed, smollm2_directory
@@ -84,10 +84,6 @@ class SmolLM2System:
         self._history += turn.tokens
         state = found["state_bytes"] + _TOKEN_ID_BYTES * self._history
         return TurnTimes(found["first_token"], found["latency"], 0.0, state)
-
-    def turn_logits(self, turn: Turn) -> tuple[Tensor, Tensor]:
-        """There is no definition of ours to compare it with."""
-        raise NotImplementedError("llama.cpp is a black box; its answers are not checked here.")
 
     def _read(self, turn: Turn, history: int) -> int:
         # All of a kept history but the last token, which was chosen and never read.

@@ -29,7 +29,7 @@ from .costs import RxTCosts, StatelessCosts
 from .devices import make_timer
 from .dialogues import Turn
 
-__all__ = ["RxTSystem", "StatelessSystem", "System", "TurnTimes", "check_system", "make_systems"]
+__all__ = ["CheckedSystem", "RxTSystem", "StatelessSystem", "System", "TurnTimes", "check_system", "make_systems"]
 
 TOLERANCE = 1e-4
 """Relative difference that a cached float32 answer may have from the uncached one."""
@@ -93,9 +93,6 @@ class System(Protocol):
     def turn(self, turn: Turn) -> TurnTimes:
         """Hold one turn and measure it."""
 
-    def turn_logits(self, turn: Turn) -> tuple[Tensor, Tensor]:
-        """Hold one turn; the logits (answer tokens, V) it computed, and the same without any cache."""
-
     def flops(self, turn: Turn, history: int) -> tuple[int, int]:
         """Operations of the answer and of the memory update of a turn behind ``history`` tokens."""
 
@@ -104,6 +101,13 @@ class System(Protocol):
 
     def bytes_per_step(self, context: int) -> int:
         """Bytes that decoding a token behind so many others has to read."""
+
+
+class CheckedSystem(System, Protocol):
+    """One of ours, whose answers are compared with their definition before it is timed."""
+
+    def turn_logits(self, turn: Turn) -> tuple[Tensor, Tensor]:
+        """Hold one turn; the logits (answer tokens, V) it computed, and the same without any cache."""
 
 
 class RxTSystem:
@@ -257,7 +261,7 @@ def _relative_difference(actual: Tensor, expected: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
-def check_system(system: System, turns: Sequence[Turn]) -> float:
+def check_system(system: CheckedSystem, turns: Sequence[Turn]) -> float:
     """Hold a short conversation and compare what is timed with what it means: every logit, without any cache.
 
     Returns:
