@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .plotting import LABELS, STYLES, Theme, draw_themes, dress
+from .plotting import LABELS, STYLES, Theme, draw_themes, dress, picture
 from .results import Results
 from .statistics import percentiles
 
@@ -73,18 +73,15 @@ def plot_steps(results: Results, path: str | os.PathLike[str]) -> list[Path]:
 
 
 def _draw(results: Results, theme: Theme, file: Path) -> None:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    found = results.summary["prompt_latency_by_step"]
     steps = list(range(1, STEPS + 1))
-    with matplotlib.rc_context({"font.size": 11, "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(8.6, 5.8), dpi=130, facecolor=theme.background)
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        figure.subplots_adjust(left=0.09, right=0.975, top=0.72, bottom=0.2)
-        for name, of in found.items():
+    environment = results.environment
+    caption = (
+        f"{results.settings['model']} and a stateless LLM of its size, {environment['cpu']}, {environment['threads']} "
+        "threads. Medians over conversations of the ratio\nto step 1, bands from the 20th to the 80th percentile. Published: "
+        "other models on another machine, first and last step."
+    )
+    with picture(theme, file, "Waiting for the first token", caption, bottom=0.2) as axes:
+        for name, of in results.summary["prompt_latency_by_step"].items():
             colour, style = theme.series[name], STYLES[name]
             label = f"{LABELS[name]}: {1e3 * of['seconds']:.0f} ms at step 1"
             axes.fill_between(steps, of["p20"], of["p80"], color=colour, alpha=0.18, linewidth=0)
@@ -97,15 +94,3 @@ def _draw(results: Results, theme: Theme, file: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.set_xticks(steps)
         dress(axes, theme, "step of the dialogue", "times that of step 1")
-        figure.legend(
-            loc="upper left", bbox_to_anchor=(0.08, 0.915), ncols=2, frameon=False, labelcolor=theme.text, fontsize=9.5
-        )
-        figure.text(0.09, 0.93, "Waiting for the first token", color=theme.text, fontsize=15, fontweight="bold")
-        environment = results.environment
-        caption = (
-            f"{results.settings['model']} and a stateless LLM of its size, {environment['cpu']}, {environment['threads']} "
-            "threads. Medians over conversations of the ratio\nto step 1, bands from the 20th to the 80th percentile. Published: "
-            "other models on another machine, first and last step."
-        )
-        figure.text(0.09, 0.035, caption, color=theme.text, fontsize=8.8, alpha=0.8, linespacing=1.5)
-        figure.savefig(file, format="png", facecolor=theme.background)

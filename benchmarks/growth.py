@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .plotting import LABELS, STYLES, Theme, draw_themes, dress
+from .plotting import LABELS, STYLES, Theme, draw_themes, dress, picture
 from .results import Results
 from .statistics import percentiles
 
@@ -66,15 +66,13 @@ def plot_growth(results: Results, path: str | os.PathLike[str]) -> list[Path]:
 
 
 def _draw(results: Results, theme: Theme, file: Path) -> None:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"font.size": 11, "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(8.6, 5.8), dpi=130, facecolor=theme.background)
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        figure.subplots_adjust(left=0.09, right=0.975, top=0.70, bottom=0.17)
+    environment = results.environment
+    caption = (
+        f"Answer and memory update over the median of the first three turns, {environment['cpu']}, "
+        f"{environment['threads']} threads; medians and 20th to 80th percentile\nover conversations. SmolLM2 is a "
+        "trained model with weights of 4 bits, run by llama.cpp; the others have random weights, float32."
+    )
+    with picture(theme, file, "How a turn's cost grows", caption, top=0.70) as axes:
         for name, of in results.summary["cost_growth"].items():
             turns = range(1, len(of["p50"]) + 1)
             colour = theme.series[name]
@@ -86,15 +84,3 @@ def _draw(results: Results, theme: Theme, file: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.set_xlim(1, len(turns))
         dress(axes, theme, "turn", "times the first turns")
-        figure.legend(
-            loc="upper left", bbox_to_anchor=(0.08, 0.92), ncols=2, frameon=False, labelcolor=theme.text, fontsize=9.5
-        )
-        figure.text(0.09, 0.935, "How a turn's cost grows", color=theme.text, fontsize=15, fontweight="bold")
-        environment = results.environment
-        caption = (
-            f"Answer and memory update over the median of the first three turns, {environment['cpu']}, "
-            f"{environment['threads']} threads; medians and 20th to 80th percentile\nover conversations. SmolLM2 is a "
-            "trained model with weights of 4 bits, run by llama.cpp; the others have random weights, float32."
-        )
-        figure.text(0.09, 0.03, caption, color=theme.text, fontsize=8.8, alpha=0.8, linespacing=1.5)
-        figure.savefig(file, format="png", facecolor=theme.background)

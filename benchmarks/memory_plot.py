@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .plotting import Theme, draw_themes, dress
+from .plotting import Theme, draw_themes, dress, picture
 from .results import Results
 
 __all__ = ["plot_memory"]
@@ -27,15 +27,10 @@ def plot_memory(results: Results, path: str | os.PathLike[str]) -> list[Path]:
 
 
 def _draw(results: Results, theme: Theme, file: Path) -> None:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"font.size": 11, "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(8.6, 6.2), dpi=130, facecolor=theme.background)
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        figure.subplots_adjust(left=0.09, right=0.975, top=0.74, bottom=0.14)
+    asked = results.rows[0]["shape"]["conversations"]
+    title = "What is remembered, in wording never seen in training"
+    caption = f"{asked} conversations per point, answers by greedy decoding, bands: 95% Wilson intervals."
+    with picture(theme, file, title, caption, height=6.2, top=0.74, bottom=0.14) as axes:
         for (condition, changed), (label, colours, marker) in _CURVES.items():
             points = sorted(
                 (row["shape"]["distance"], row["recall"], *row["wilson_95"])
@@ -44,22 +39,11 @@ def _draw(results: Results, theme: Theme, file: Path) -> None:
             )
             if not points:
                 continue
-            at, share, low, high = (
-                [100 * value if column else value for value in values]
-                for column, values in enumerate(zip(*points, strict=True))
-            )
+            at, *shares = zip(*points, strict=True)
+            share, low, high = ([100 * value for value in values] for values in shares)
             colour = colours[bool(theme.suffix)]
             axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
             axes.plot(at, share, color=colour, marker=marker, markersize=5, linewidth=2.1, label=label)
         axes.set_ylim(0, 102)
         axes.set_xticks(sorted({row["shape"]["distance"] for row in results.rows}))
         dress(axes, theme, "turns between telling a fact and asking for it", "answered right (%)")
-        figure.legend(
-            loc="upper left", bbox_to_anchor=(0.08, 0.915), ncols=2, frameon=False, labelcolor=theme.text, fontsize=9.5
-        )
-        title = "What is remembered, in wording never seen in training"
-        figure.text(0.09, 0.935, title, color=theme.text, fontsize=15, fontweight="bold")
-        asked = results.rows[0]["shape"]["conversations"]
-        caption = f"{asked} conversations per point, answers by greedy decoding, bands: 95% Wilson intervals."
-        figure.text(0.09, 0.03, caption, color=theme.text, fontsize=8.8, alpha=0.8)
-        figure.savefig(file, format="png", facecolor=theme.background)

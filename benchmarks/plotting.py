@@ -11,7 +11,8 @@ import argparse
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ __all__ = [
     "Theme",
     "draw_themes",
     "dress",
+    "picture",
     "plot_results",
     "plot_scaling",
     "require_matplotlib",
@@ -131,6 +133,29 @@ def dress(axes: Any, theme: Theme, x: str, y: str = "", title: str = "", *, has_
     for side, spine in axes.spines.items():
         spine.set_visible(has_base and side == "bottom")
         spine.set_color(theme.text)
+
+
+@contextmanager
+def picture(
+    theme: Theme, file: Path, title: str, caption: str, *, height: float = 5.8, top: float = 0.72, bottom: float = 0.17
+) -> Iterator[Any]:
+    """One pair of axes to draw on, saved when the block ends: a title and a legend above them, a caption below."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"font.size": 11, "font.family": "DejaVu Sans"}):
+        figure = Figure(figsize=(8.6, height), dpi=130, facecolor=theme.background)
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        figure.subplots_adjust(left=0.09, right=0.975, top=top, bottom=bottom)
+        yield axes
+        figure.legend(
+            loc="upper left", bbox_to_anchor=(0.08, 0.92), ncols=2, frameon=False, labelcolor=theme.text, fontsize=9.5
+        )
+        figure.text(0.09, 0.935, title, color=theme.text, fontsize=15, fontweight="bold")
+        figure.text(0.09, 0.03, caption, color=theme.text, fontsize=8.8, alpha=0.8, linespacing=1.5)
+        figure.savefig(file, format="png", facecolor=theme.background)
 
 
 def plot_scaling(results: Results, path: str | os.PathLike[str]) -> list[Path]:

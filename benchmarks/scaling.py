@@ -238,10 +238,9 @@ def _resumed(path: str, settings: Mapping[str, Any], environment: Mapping[str, A
     """
     found = read_results(path, name=NAME)
     for name, value in settings.items():
-        before = found.settings.get(name, False if name == "smollm2" else None)
-        if name != "repeats" and before != value:
+        if name != "repeats" and found.settings.get(name) != value:
             raise ValueError(
-                f"{path} was measured with {name} = {before!r} and now it is {value!r}; a run continues "
+                f"{path} was measured with {name} = {found.settings.get(name)!r} and now it is {value!r}; a run continues "
                 "only with the same settings. Repeat them, or write to another file."
             )
     for name in _SAME_MACHINE:

@@ -33,6 +33,9 @@ class ShortTermMemory(ReadByUpdates):
     An update may run in the background (:meth:`update_in_background`). Whatever reads, replaces, moves or copies the memory
     waits for it, so that nobody sees the memory of before.
 
+    Engines keep what they have read of a memory until it is replaced or changed in place; a change behind torch's back, through
+    ``.data`` or a numpy view, they cannot see.
+
     Args:
         num_layers: layers L.
         size: slots S of each layer.
