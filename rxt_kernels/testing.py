@@ -147,16 +147,23 @@ def make_gate(
     dtype: torch.dtype = torch.float32,
     generator: torch.Generator | None = None,
 ) -> ResidualGateParameters:
-    """A residual gate of any kind with random parameters."""
+    """A residual gate of any kind with random parameters.
+
+    Linear maps are scaled by the square root of their inputs, so that a gate is neither open nor shut: one that is either
+    multiplies the rounding of what comes in by its steep weights, and what is then compared is chance.
+    """
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, generator=generator)
 
+    def linear(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+        return draw(outputs, inputs) * inputs**-0.5, draw(outputs)
+
     if kind in ("add", "replace"):
         return ResidualGateParameters(kind)
-    status_weight, status_bias = (draw(1, dim), draw(1)) if status == "linear" else (None, None)
+    status_weight, status_bias = linear(1, dim) if status == "linear" else (None, None)
     if kind == "linear":
-        weight, bias = (draw(slots, slots), draw(slots)) if per_slot else (draw(1, slots), draw(1))
+        weight, bias = linear(slots if per_slot else 1, slots)
     else:
         weight, bias = (draw(slots, 1) if per_slot else draw(1)), None
     return ResidualGateParameters(kind, weight, bias, status_weight, status_bias, per_slot, activation)
