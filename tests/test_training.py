@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from rxt_model.demo_conversation import SCRIPT
 from rxt_model.demo_model import load_demo_model
 from rxt_model.models import RxTAlpha
 from rxt_model.tokenizer import Tokenizer, train_tokenizer
-from rxt_model.training import facts, memory_aware
+from rxt_model.training import memory_aware
 from rxt_model.training.demo import (
     DemoShape,
     Phase,
@@ -23,7 +24,7 @@ from rxt_model.training.demo import (
     train_demo,
     training_states,
 )
-from rxt_model.training.dialogue import SMALL_TALK_TURNS, load_dialogue
+from rxt_model.training.dialogue import load_dialogue, neutral_reply, small_talk
 from rxt_model.training.episodes import EpisodeBatch, EpisodeWriter, Turn, batch_episodes
 from rxt_model.training.fact_values import VALUES
 from rxt_model.training.facts import ATTRIBUTES, UNKNOWN_ANSWER, attribute_named, values_in_answer
@@ -34,6 +35,7 @@ from rxt_model.training.messages import Wording
 from rxt_model.training.recall import measure_history_recall, measure_recall, wilson_interval
 from rxt_model.training.sentences import SPLITS, VARIETIES, read_sections, sentences
 from rxt_model.training.settings import Stage, TrainingSettings, learning_rate
+from rxt_model.training.widening import widened
 from rxt_model.training.workers import ShardGradients
 
 DEMO = Path(__file__).parent.parent / "rxt_model" / "assets" / "demo"
@@ -46,7 +48,7 @@ SHORT = TrainingSettings(steps=6, warmup_steps=2, checkpoint_every=2, stages=(St
 
 @pytest.fixture(scope="module")
 def writer() -> EpisodeWriter:
-    return EpisodeWriter(Wording("train"), SMALL_TALK_TURNS)
+    return EpisodeWriter(Wording("train"), small_talk())
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,36 @@ def test_full_wording_adds_to_plain_wording_and_moves_nothing_across_the_split(s
         assert set(getattr(plain, name)) < set(getattr(full, name))
 
 
-WORDING_FILES = sorted(path.stem for path in (Path(facts.__file__).parent / "wording").glob("*.txt"))
+@pytest.mark.parametrize("variety", VARIETIES)
+def test_small_talk_is_pairs_of_a_message_and_an_answer_each_written_once(variety: str) -> None:
+    exchanges = small_talk(variety)
+    assert len({query for query, _ in exchanges}) == len(exchanges)
+    assert all(answer and "|" not in query + answer for query, answer in exchanges)
+    assert set(small_talk("plain")) < set(small_talk("full"))
+
+
+def test_small_talk_says_nothing_of_the_user_and_has_no_line_of_the_demo_conversation() -> None:
+    script = {line.message for line in SCRIPT}
+    for query, answer in small_talk():
+        assert query not in script
+        assert answer != UNKNOWN_ANSWER
+        assert not any(re.search(rf"\byour {noun}\b", answer) for noun in ("name", "pet", "job", "sister"))
+
+
+def test_real_dialogue_mostly_gets_a_neutral_reply_and_measurements_hold_no_written_small_talk() -> None:
+    dialogue = tuple((f"message {index}", f"reply {index}") for index in range(50))
+    writer, rng = EpisodeWriter(Wording("train"), dialogue), random.Random(0)
+    replies = [writer.distraction(rng).answer for _ in range(1000)]
+    assert 0.25 < sum(reply.startswith("reply") for reply in replies) / 1000 < 0.35
+    assert neutral_reply("Do you like rain?", rng) != neutral_reply("I like rain.", rng)
+    written = {query for query, _ in small_talk()}
+    for distance in (8, 16):
+        chat = [turn for turn in writer.recall_episode(rng, distance) if turn.kind == "chat"]
+        assert chat
+        assert not written & {turn.query for turn in chat}
+
+
+WORDING_FILES = sorted({attribute.wording for attribute in ATTRIBUTES} | {"frames", "pairs"})
 PLACES = {  # what one sentence of a section must hold once
     "clause": r"\{[va]\}",
     "tell frame": r"\{[xX]\}",
@@ -453,7 +484,7 @@ def test_checkpoints_that_do_not_belong_are_refused(
         (lambda: batch_episodes(None, []), "episodes"),  # type: ignore[arg-type]
         (lambda: train_demo("never-made", steps=0), "steps"),
         (lambda: Phase(SHORT, until=0.0), "until"),
-        (lambda: train_demo(__file__, steps=3), "output_directory"),
+        (lambda: train_demo(__file__, steps=100), "output_directory"),
     ],
 )
 def test_arguments_are_refused_by_name(call: object, message: str) -> None:
@@ -461,9 +492,34 @@ def test_arguments_are_refused_by_name(call: object, message: str) -> None:
         call()  # type: ignore[operator]
 
 
+@torch.no_grad()
+def test_a_widened_model_computes_the_same_and_can_use_its_new_units(model: RxTAlpha) -> None:
+    before = [parameter.clone() for parameter in model.parameters()]
+    wide = widened(model, encoder_ff=56, expert_ff=24)
+    assert (wide.encoder.config.ff_dim, wide.decoder.config.ff_dim) == (56, 24)
+    assert widened(wide, encoder_ff=56) is wide
+    ids, mask = torch.randint(5, 400, (2, 9)), torch.ones(2, 9, dtype=torch.bool)
+    torch.testing.assert_close(wide.encoder(ids, mask), model.encoder(ids, mask))
+    memory = torch.randn(2, 2, 6, 32)
+    torch.testing.assert_close(wide.decoder(ids, mask, memory), model.decoder(ids, mask, memory))
+    with torch.enable_grad():
+        (wide.encoder(ids, mask).square().sum() + wide.decoder(ids, mask, memory).square().sum()).backward()
+    second = wide.encoder.model.layers[0].ff.fc2.weight
+    assert second.grad is not None
+    assert bool((second.grad[:, 32:] != 0).any())
+    for parameter, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
+
+
+@pytest.mark.parametrize("argument", ["encoder_ff", "expert_ff"])
+def test_a_model_is_not_made_narrower(model: RxTAlpha, argument: str) -> None:
+    with pytest.raises(ValueError, match=f"{argument} must be at least"):
+        widened(model, **{argument: 8})
+
+
 def test_the_whole_recipe_makes_a_model_that_loads(tmp_path: Path) -> None:
     pytest.importorskip("chitchat_dataset")
-    phases = Phase(SHORT, until=0.5), Phase(SHORT)  # two steps, and four
+    phases = Phase(SHORT, until=0.5), Phase(SHORT, encoder_ff=48, expert_ff=24)  # two steps, and four
     seen: list[int] = []
 
     def kill(step: int, result: memory_aware.StepResult) -> None:
@@ -485,6 +541,7 @@ def test_the_whole_recipe_makes_a_model_that_loads(tmp_path: Path) -> None:
     loaded = RxTAlpha.from_pretrained(directory, dtype=torch.float32)
     assert loaded.tokenizer is not None
     assert loaded.decoder.config.embed_dim == TINY.embed_dim
+    assert (loaded.encoder.config.ff_dim, loaded.decoder.config.ff_dim) == (48, 24)
     seen.clear()
     further = train_demo(
         tmp_path / "further", steps=2, phases=phases, start=loaded, on_step=lambda step, _: seen.append(step)

@@ -20,7 +20,7 @@ from rxt_model.models import RxTAlpha
 from rxt_model.stateless import SparseQueryTransformer
 from rxt_model.tokenizer import Tokenizer, train_tokenizer
 
-from .dialogue import SMALL_TALK_TURNS, DialogueTurns, load_dialogue
+from .dialogue import DialogueTurns, load_dialogue, small_talk
 from .episodes import EpisodeWriter
 from .fact_values import VALUES
 from .facts import ATTRIBUTES, UNKNOWN_ANSWER
@@ -30,6 +30,7 @@ from .memory_aware import StepResult
 from .messages import Wording
 from .sentences import VARIETIES
 from .settings import Stage, TrainingSettings
+from .widening import widened
 
 __all__ = [
     "DEMO_PHASES",
@@ -78,6 +79,8 @@ class Phase:
         settings: curriculum and rates.
         until: share of its steps after which the next phase takes over.
         variety: wording of its conversations, ``"plain"`` or ``"full"``, see :mod:`rxt_model.training.sentences`.
+        encoder_ff, expert_ff: hidden widths that the model is given before it, see :mod:`rxt_model.training.widening`; None
+            keeps those it has.
 
     Raises:
         ValueError: ``until`` is not above 0 and at most 1, or for another variety.
@@ -86,6 +89,8 @@ class Phase:
     settings: TrainingSettings
     until: float = 1.0
     variety: str = "full"
+    encoder_ff: int | None = None
+    expert_ff: int | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.until <= 1.0:
@@ -147,10 +152,27 @@ DEMO_PHASES = (
             ),
         ),
     ),
+    Phase(
+        TrainingSettings(
+            steps=2600,
+            learning_rate=6e-4,
+            final_learning_rate=0.02,
+            warmup_steps=40,
+            stages=(
+                Stage(
+                    1.00, (6, 12, 18), 216, 13,
+                    statement_rows=0.6, chat_rows=0.6, emphasis="answers", mistakes=0.35, changes=0.45,
+                ),
+            ),
+        ),
+        encoder_ff=480,
+        expert_ff=240,
+    ),
 )  # fmt: skip
 """First what memory is for, in short and then in long conversations; its schedule is left early, while steps are still long.
 Then the same with a rate that falls to nothing: that is when recall of old facts comes. Then four times as many sentences, for
-what people say in other words than the first two heard.
+what people say in other words than the first two heard. Then the same with wider networks, where the narrow ones had
+learned what they could: recall of training's own wording had come no higher than that of held-out wording.
 
 Long episodes want small steps: at the full rate, training on eighteen turns became unstable, and a trained model that
 went on at 1e-3 forgot within a hundred steps what it could do."""
@@ -173,7 +195,7 @@ def _tokenizer_texts(dialogue: DialogueTurns, seed: int) -> Iterator[str]:
     for query, answer in dialogue.train[:8000]:
         yield query
         yield answer
-    for query, answer in SMALL_TALK_TURNS * 20:
+    for query, answer in small_talk("plain") * 20:
         yield query
         yield answer
     yield from [UNKNOWN_ANSWER] * 20
@@ -396,6 +418,7 @@ def train_demo(
             if on_step is not None:
                 on_step(before + step, result)
 
+        model = widened(model, encoder_ff=phases[number].encoder_ff, expert_ff=phases[number].expert_ff, seed=seed)
         settings = replace(phases[number].settings, seed=seed, steps=round(counts[number] / phases[number].until))
         train(
             model,

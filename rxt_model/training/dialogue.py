@@ -10,10 +10,12 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 
-__all__ = ["SMALL_TALK_TURNS", "DialogueTurns", "load_dialogue"]
+from .sentences import read_sections
+
+__all__ = ["DialogueTurns", "load_dialogue", "neutral_reply", "small_talk"]
 
 _ABOUT_FACTS = re.compile(
     r"my name|your name|i'?m from|i am from|you from|i live|you live|born|grew up|years old|how old|your age|my age"
@@ -28,38 +30,38 @@ _UNFIT = re.compile(
     r"|@|http|www\.|\.com|\d{3,}|[^\x20-\x7e]",
 )
 
-SMALL_TALK_TURNS: tuple[tuple[str, str], ...] = (
-    ("Hello", "Hello! How are you?"),
-    ("Hello!", "Hello! How are you?"),
-    ("Hi", "Hi! How are you?"),
-    ("Hi there!", "Hi! How are you?"),
-    ("Hey", "Hey! How are you?"),
-    ("Good morning", "Good morning!"),
-    ("Good evening", "Good evening!"),
-    ("How are you?", "I am fine, thank you. How are you?"),
-    ("How are you doing?", "I am fine, thank you. How are you?"),
-    ("I am fine", "I am glad to hear that."),
-    ("I am fine, thanks.", "I am glad to hear that."),
-    ("Thank you", "You are welcome!"),
-    ("Thanks!", "You are welcome!"),
-    ("Thank you very much.", "You are welcome!"),
-    ("That is right.", "I am glad to hear that."),
-    ("Yes, that is right!", "I am glad to hear that."),
-    ("Well done!", "Thank you!"),
-    ("You have a good memory!", "Thank you!"),
-    ("What are you?", "I am a small Reactive Transformer with a memory."),
-    ("Who are you?", "I am a small Reactive Transformer with a memory."),
-    ("What can you do?", "You can tell me about yourself, and I will remember it."),
-    ("Do you have a memory?", "Yes, you can tell me about yourself, and I will remember it."),
-    ("The weather is nice today.", "That sounds lovely."),
-    ("It is raining.", "I hope you have an umbrella."),
-    ("I am tired.", "I hope you can rest soon."),
-    ("I had a good day.", "I am glad to hear that."),
-    ("Goodbye!", "Goodbye! It was nice to talk to you."),
-    ("Bye", "Goodbye! It was nice to talk to you."),
-    ("Good night", "Good night! Sleep well."),
-)
-"""A few exchanges written for this model, so that it can greet and say what it is."""
+_TO_QUESTIONS = ("I do not know, I am only a small model.",)
+_TO_STATEMENTS = ("I see.", "I see.", "That is interesting.")
+
+
+@cache
+def small_talk(variety: str = "full") -> tuple[tuple[str, str], ...]:
+    """Exchanges written for this model, so that it can greet, say what it is, and hear what is no fact.
+
+    Args:
+        variety: ``"plain"`` for those that training begins with, or ``"full"``.
+
+    Example:
+        >>> small_talk("plain")[0]
+        ('Hello', 'Hello! How are you?')
+    """
+    sections = read_sections("chat")
+    lines = (*sections["chat"], *(sections["chat more"] if variety == "full" else ()))
+    exchanges = [line.split("|") for line in lines]
+    return tuple((query.strip(), answer.strip()) for query, answer in exchanges)
+
+
+def neutral_reply(query: str, rng: random.Random) -> str:
+    """What can be said to any message that is no statement and no question about the user's facts.
+
+    Real replies are so various that none of them is likely. A model that has learned nothing else gives, where it is not
+    quite sure that a message is chat, the likelier answer to a statement of facts, and remembers facts that were never told.
+
+    Example:
+        >>> neutral_reply("do you like trains?", random.Random(0))
+        'I do not know, I am only a small model.'
+    """
+    return rng.choice(_TO_QUESTIONS if "?" in query else _TO_STATEMENTS)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rxt_model.tokenizer import Tokenizer
 
-from .dialogue import SMALL_TALK_TURNS, DialogueTurns
+from .dialogue import DialogueTurns, neutral_reply, small_talk
 from .facts import ATTRIBUTES, UNKNOWN_ANSWER, attribute_named
 from .messages import Wording
 
@@ -25,11 +25,13 @@ __all__ = ["EpisodeBatch", "EpisodeWriter", "Turn", "batch_episodes", "encode_tu
 
 SMALL_TALK_SHARE = 0.4
 """Share of chat that is small talk written for the model; the rest is real dialogue."""
+NEUTRAL_SHARE = 0.7
+"""Share of messages from real dialogue that get a neutral reply instead of what a human said."""
 DISTANCE_OF_DOUBLE_WEIGHT = 4.0
 """Turns after which the value in an answer counts twice as much as it would at once."""
 UNKNOWN_PROBE_SHARE = 0.2
 """Share of episodes that are also asked, at the end, for something that was never told."""
-_SMALL_TALK = frozenset(SMALL_TALK_TURNS)
+_SMALL_TALK = frozenset(small_talk())
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class EpisodeWriter:
 
     def __init__(self, wording: Wording, dialogue: Sequence[tuple[str, str]]) -> None:
         self.wording = wording
-        self.dialogue = tuple(dialogue) or SMALL_TALK_TURNS
+        self.small_talk = small_talk(wording.variety)
+        self.dialogue = tuple(dialogue) or self.small_talk
 
     @classmethod
     def for_split(cls, split: str, dialogue: DialogueTurns, variety: str = "full") -> EpisodeWriter:
@@ -101,7 +104,7 @@ class EpisodeWriter:
             own.ask_frames,
             own.small_talk,
         )
-        return hashlib.sha256(repr((parts, self.dialogue)).encode()).hexdigest()
+        return hashlib.sha256(repr((parts, self.small_talk, self.dialogue)).encode()).hexdigest()
 
     def episode(self, rng: random.Random, turns: int, *, max_facts: int = 12, changes: float = 0.25) -> list[Turn]:
         """A training episode: statements, changes, questions and chat in random proportions, ending in a question.
@@ -192,7 +195,7 @@ class EpisodeWriter:
             if rng.random() < other_facts and len(state.known) < len(ATTRIBUTES) - 1:
                 written.append(self._tell(rng, state, len(written), 99, avoid=attribute.key, several=False))
             else:
-                written.append(self.chat(rng))
+                written.append(self.distraction(rng))
 
         for _ in range(rng.randint(0, 2) if lead is None else lead):
             filler()
@@ -220,8 +223,16 @@ class EpisodeWriter:
         return written
 
     def chat(self, rng: random.Random) -> Turn:
-        """A turn of real dialogue, now and then of small talk."""
-        query, answer = rng.choice(SMALL_TALK_TURNS if rng.random() < SMALL_TALK_SHARE else self.dialogue)
+        """A turn about nothing: of real dialogue, or of small talk written for the model."""
+        if rng.random() < SMALL_TALK_SHARE:
+            return Turn(*rng.choice(self.small_talk), "chat")
+        return self.distraction(rng)
+
+    def distraction(self, rng: random.Random) -> Turn:
+        """A turn of real dialogue."""
+        query, answer = rng.choice(self.dialogue)
+        if rng.random() < NEUTRAL_SHARE and (query, answer) not in _SMALL_TALK:
+            answer = neutral_reply(query, rng)
         return Turn(query, answer, "chat")
 
     def unknown(self, rng: random.Random, state: _State) -> Turn:
