@@ -35,6 +35,7 @@ from rxt_model.cli.session import ChatSession, Settings
 from rxt_model.cli.transcript import Exchange, Transcript
 from rxt_model.demo_conversation import SCRIPT, Line, hold_conversation, is_right
 from rxt_model.interaction.state import load_state
+from rxt_model.tokenizer import Tokenizer
 from rxt_model.training.facts import ATTRIBUTES
 
 REPOSITORY = Path(__file__).parent.parent
@@ -998,6 +999,22 @@ def test_training(rxt: Rxt, trained: list[dict[str, Any]]) -> None:
     interrupted = rxt("train", "demo", "--output", "out", "--steps", 14)
     assert interrupted.status == 130
     assert "before anything was saved" in interrupted.err
+
+
+def test_training_of_the_control(rxt: Rxt, model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def train_stateless(directory: Path, tokenizer: Tokenizer, **options: Any) -> Path:
+        calls.append((directory, tokenizer.vocab_size, options["steps"]))
+        return directory
+
+    monkeypatch.setattr("rxt_model.training.stateless_control.train_stateless", train_stateless)
+    outcome = rxt("train", "stateless", "--model", model_directory, "--steps", 7)
+    assert outcome.status == 0
+    assert "rxt bench memory --history runs/stateless" in outcome.out
+    own = Tokenizer.from_pretrained(model_directory).vocab_size
+    assert calls == [(Path("runs/stateless"), own, 7)]
+    refused(rxt("train", "stateless", "--model", "absent"), "absent")
 
 
 def test_training_does_not_replace_a_model_unasked(rxt: Rxt, trained: list[dict[str, Any]]) -> None:

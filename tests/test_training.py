@@ -14,16 +14,10 @@ import torch
 from rxt_model.demo_conversation import SCRIPT
 from rxt_model.demo_model import load_demo_model
 from rxt_model.models import RxTAlpha
+from rxt_model.stateless import SparseQueryTransformer
 from rxt_model.tokenizer import Tokenizer, train_tokenizer
 from rxt_model.training import memory_aware
-from rxt_model.training.demo import (
-    DemoShape,
-    Phase,
-    demo_model,
-    stateless_model,
-    train_demo,
-    training_states,
-)
+from rxt_model.training.demo import demo_model, train_demo
 from rxt_model.training.dialogue import load_dialogue, neutral_reply, small_talk
 from rxt_model.training.episodes import EpisodeBatch, EpisodeWriter, Turn, batch_episodes
 from rxt_model.training.fact_values import VALUES
@@ -32,9 +26,12 @@ from rxt_model.training.history import history_objective
 from rxt_model.training.loop import make_optimizer, train, training_batch
 from rxt_model.training.memory_aware import episode_loss, initial_memory, unroll_memory
 from rxt_model.training.messages import Wording
+from rxt_model.training.output import training_states
 from rxt_model.training.recall import measure_history_recall, measure_recall, wilson_interval
+from rxt_model.training.recipe import DemoShape, Phase
 from rxt_model.training.sentences import SPLITS, VARIETIES, read_sections, sentences
 from rxt_model.training.settings import Stage, TrainingSettings, learning_rate
+from rxt_model.training.stateless_control import stateless_model, train_stateless
 from rxt_model.training.widening import widened
 from rxt_model.training.workers import ShardGradients
 
@@ -548,6 +545,26 @@ def test_the_whole_recipe_makes_a_model_that_loads(tmp_path: Path) -> None:
     )
     assert seen == [1]
     assert (further / "model.safetensors").is_file()
+
+
+def test_the_control_is_trained_on_the_same_conversations_and_resumed_after_being_killed(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    pytest.importorskip("chitchat_dataset")
+    phase = Phase(SHORT)
+
+    def kill(step: int, result: memory_aware.StepResult) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_stateless(tmp_path / "killed", tokenizer, shape=TINY, phase=phase, on_step=kill)
+    assert len(training_states(tmp_path / "killed")) == 1
+    resumed = train_stateless(tmp_path / "killed", tokenizer, shape=TINY, phase=phase)
+    assert not training_states(resumed)
+    whole = train_stateless(tmp_path / "whole", tokenizer, shape=TINY, phase=phase)
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert SparseQueryTransformer.from_pretrained(resumed).config.ff_dim == TINY.expert_ff
 
 
 # -- recall -----------------------------------------------------------------------------------------------------------

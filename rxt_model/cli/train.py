@@ -1,4 +1,4 @@
-"""``rxt train``: train the shipped model again."""
+"""``rxt train``: train the shipped model again, or the control that it is compared with."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rxt_model.cli.arguments import ArgumentParser, integer
 from rxt_model.cli.errors import INTERRUPTED, UserError, tell
 
 if TYPE_CHECKING:
     from rxt_model.models import RxTAlpha
+    from rxt_model.tokenizer import Tokenizer
     from rxt_model.training.memory_aware import StepResult
 
 __all__ = ["add_arguments", "run"]
@@ -27,32 +28,47 @@ Needs the extra packages of training: pip install 'rxt-kernels[train]'.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``rxt train``."""
     recipes = parser.add_subparsers(title="recipes", dest="recipe", metavar="RECIPE", required=True)
-    demo = recipes.add_parser(
-        "demo",
-        help="the small model that is shipped as the default of rxt chat",
-        description="Train the small model that is shipped as the default of rxt chat.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    assert isinstance(demo, ArgumentParser)
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="where it goes (runs/demo)")
-    demo.add_argument("--steps", type=integer(1), metavar="N", help="optimizer steps (default: the recipe's)")
-    demo.add_argument("--seed", type=integer(0), default=0, metavar="N", help="fixes data and weights (0)")
+
+    def recipe(name: str, what: str) -> ArgumentParser:
+        own = recipes.add_parser(
+            name,
+            help=what,
+            description=f"Train {what}.",
+            epilog=_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        assert isinstance(own, ArgumentParser)
+        output = Path("runs") / name
+        own.add_argument("--output", type=Path, default=output, metavar="DIR", help=f"where it goes ({output})")
+        own.add_argument("--steps", type=integer(1), metavar="N", help="optimizer steps (default: the recipe's)")
+        own.add_argument("--seed", type=integer(0), default=0, metavar="N", help="fixes data and weights (0)")
+        own.add_argument(
+            "--workers",
+            type=integer(1),
+            default=min(2, os.cpu_count() or 1),
+            metavar="N",
+            help="processes that share the work; they change the time alone (one per core, at most 2)",
+        )
+        own.add_argument("--no-resume", action="store_true", help="begin anew, even where a training was interrupted")
+        own.add_argument("--overwrite", action="store_true", help="replace a model that is already in the directory")
+        return own
+
+    demo = recipe("demo", "the small model that is shipped as the default of rxt chat")
     demo.add_argument(
         "--start",
         metavar="PATH|HUB_ID|demo",
         help="go on from this model of the demo's kind: only the last phase of the recipe is run",
     )
-    demo.add_argument(
-        "--workers",
-        type=integer(1),
-        default=min(2, os.cpu_count() or 1),
-        metavar="N",
-        help="processes that share the work; they change the time alone (one per core, at most 2)",
+    stateless = recipe(
+        "stateless", "the demo model's control: as large, without memory, reading the whole conversation"
     )
-    demo.add_argument("--no-resume", action="store_true", help="begin anew, even where a training was interrupted")
-    demo.add_argument("--overwrite", action="store_true", help="replace a model that is already in the directory")
+    stateless.add_argument(
+        "--model",
+        default="demo",
+        metavar="PATH|HUB_ID|demo",
+        help="the model it is a control of, whose tokenizer it shares (demo)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -60,27 +76,18 @@ def run(options: argparse.Namespace) -> int:
     output: Path = options.output.expanduser()
     if output.exists() and not output.is_dir():
         raise UserError(f"train: --output {output} is a file; name a directory.")
-    from rxt_model.training.demo import train_demo, training_states
+    from rxt_model.training.output import training_states
 
+    use = f"rxt chat --model {output}" if options.recipe == "demo" else f"rxt bench memory --history {output}"
     interrupted = bool(training_states(output))
     if (output / "model.safetensors").exists() and not interrupted and not options.overwrite:
         raise UserError(
-            f"train: there is a finished model in {output}; talk to it with `rxt chat --model {output}`, name another "
-            "--output, or add --overwrite."
+            f"train: there is a finished model in {output}; use it with `{use}`, name another --output, or add --overwrite."
         )
     if interrupted and not options.no_resume:
         tell(f"continuing the training in {output}")
-    start = None if options.start is None else _start(options.start)
     try:
-        directory = train_demo(
-            output,
-            steps=options.steps,
-            seed=options.seed,
-            resume=not options.no_resume,
-            start=start,
-            workers=options.workers,
-            on_step=None if sys.stderr.isatty() else _Progress(),
-        )
+        _train(options, output)
     except ModuleNotFoundError as error:
         raise UserError(str(error)) from None
     except KeyboardInterrupt:
@@ -88,8 +95,33 @@ def run(options: argparse.Namespace) -> int:
         rest = "the same command continues from its last saved state" if saved else "before anything was saved"
         tell(f"\nrxt: interrupted, {rest}.")
         return INTERRUPTED
-    print(f"trained: {directory}; talk to it with `rxt chat --model {directory}`")
+    print(f"trained: {output}; use it with `{use}`")
     return 0
+
+
+def _train(options: argparse.Namespace, output: Path) -> None:
+    from rxt_model.training.demo import train_demo
+    from rxt_model.training.stateless_control import train_stateless
+
+    shared: dict[str, Any] = {
+        "steps": options.steps,
+        "seed": options.seed,
+        "resume": not options.no_resume,
+        "workers": options.workers,
+        "on_step": None if sys.stderr.isatty() else _Progress(),
+    }
+    if options.recipe == "demo":
+        train_demo(output, start=None if options.start is None else _start(options.start), **shared)
+    else:
+        train_stateless(output, _tokenizer(options.model), **shared)
+
+
+def _tokenizer(name: str) -> Tokenizer:
+    from rxt_model.cli.loading import load_full_model
+
+    tokenizer = load_full_model(name).tokenizer
+    assert tokenizer is not None
+    return tokenizer
 
 
 def _start(name: str) -> RxTAlpha:

@@ -59,8 +59,8 @@ def widened(model: RxTAlpha, *, encoder_ff: int | None = None, expert_ff: int | 
         ValueError: a width smaller than the model's, or networks without gates.
 
     Example:
-        >>> from rxt_model.training.demo import DemoShape, demo_model
-        >>> from rxt_model.training.dialogue import DialogueTurns
+        >>> from rxt_model.training.demo import demo_model
+        >>> from rxt_model.training.recipe import DemoShape
         >>> from rxt_model.tokenizer import train_tokenizer
         >>> narrow = demo_model(train_tokenizer(["a b c"], 300), DemoShape(embed_dim=32, slots=4, encoder_ff=8))
         >>> wide = widened(narrow, encoder_ff=24)
