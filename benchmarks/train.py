@@ -115,6 +115,10 @@ def _task(models: Models, tokens: Tensor, memory: Tensor, expected: _Expected, b
     return Task(lambda: result, timed(training.step))
 
 
+def _eager(models: Models, tokens: Tensor, memory: Tensor, expected: _Expected, dtype: str) -> Tensor:
+    return expected.scaled(*_Training(models, tokens, memory, REFERENCE, dtype).result())
+
+
 def _systems(models: Models, tokens: Tensor, memory: Tensor, expected: _Expected, options: Options) -> list[System]:
     systems = [
         System(backend, dtype, partial(_task, models, tokens, memory, expected, backend, dtype))
@@ -148,6 +152,7 @@ def _cases(rows: int, count: int, options: Options, skip: Callable[[str], None])
                 expected=expected.vector,
                 work=partial(_work, 4 * parameters, flops),
                 systems=_systems(models, tokens, memory, expected, options),
+                eager=partial(_eager, models, tokens, memory, expected),
             )
 
 

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -232,7 +233,27 @@ def test_half_precision_is_granted_twice_what_eager_torch_is_off_by() -> None:
     found = measuring.measure_case(case(eager, good, bad), KnownMachine(1), 3)
     assert [row["backend"] for row in found.rows] == ["reference", "native"]
     assert measuring.granted("bfloat16", "native", None) == 0.05
+    assert measuring.measure_case(case(off("reference", 0.3)), KnownMachine(1), 3).refused  # no measure any more
     assert measuring.granted("int8", "native engine", 0.01) == 0.1
+
+
+def test_eager_torch_is_asked_where_it_is_not_timed_in_half_precision() -> None:
+    asked: list[str] = []
+
+    def eager(dtype: str) -> Tensor:
+        asked.append(dtype)
+        return EXPECTED * 1.04
+
+    systems = [
+        system("reference", lambda: EXPECTED),
+        System("reference", "bfloat16", lambda: raises(Absent("it takes too long."))),
+        *(system("native", lambda: EXPECTED * 1.08, dtype) for dtype in ("float32", "bfloat16")),
+        system("torch.compile", lambda: EXPECTED * 1.09, "bfloat16"),
+    ]
+    found = measuring.measure_case(replace(case(*systems), eager=eager), KnownMachine(1), 3)
+    assert asked == ["bfloat16"]
+    assert [(one["backend"], one["dtype"]) for one in found.rows[1:]] == [("native", "bfloat16")]
+    assert [one["backend"] for one in found.refused] == ["native", "torch.compile"]
 
 
 def test_rounds_are_interleaved_in_rotating_order_and_rows_say_everything() -> None:

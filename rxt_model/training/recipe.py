@@ -118,10 +118,10 @@ DEMO_PHASES = (
     ),
     Phase(
         TrainingSettings(
-            steps=2600,
-            learning_rate=6e-4,
+            steps=2300,
+            learning_rate=3e-4,
             final_learning_rate=0.02,
-            warmup_steps=40,
+            warmup_steps=100,
             stages=(
                 Stage(
                     1.00, (6, 12, 18), 216, 13,
