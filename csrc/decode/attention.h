@@ -69,23 +69,27 @@ inline void score_tokens(const float* const* queries, const HeadOfCache<Stored>&
     const auto tile = [&](int64_t panel, auto count) __attribute__((always_inline)) {
         constexpr int own = decltype(count)::value;
         Float sum[rows][own][vectors_per_panel];
+        RXT_UNROLL
         for (int r = 0; r < rows; ++r)
+            RXT_UNROLL
             for (int p = 0; p < own; ++p)
+                RXT_UNROLL
                 for (int v = 0; v < vectors_per_panel; ++v) sum[r][p][v] = zero();
         const Stored* keys = cached.keys + panel * cached.key_panel;
-        for (int64_t d = 0; d < dim; d += width)
-            for (int p = 0; p < own; ++p) {
-                Float key[width][vectors_per_panel];
-                load_step(keys + p * cached.key_panel + d * panel_width, key);
-                for (int i = 0; i < width; ++i) {
-                    if (d + i >= dim) break;
-                    for (int r = 0; r < rows; ++r)
-                        for (int v = 0; v < vectors_per_panel; ++v)
-                            sum[r][p][v] = multiply_add(broadcast(queries[r][d + i]), key[i][v], sum[r][p][v]);
-                }
-            }
+        const auto step = [&](int64_t d, int present) __attribute__((always_inline)) {
+            detail::add_step<rows, own, Stored>(
+                [&](int r, int i) __attribute__((always_inline)) { return queries[r][d + i]; },
+                [&](int p) __attribute__((always_inline)) { return keys + p * cached.key_panel + d * panel_width; }, present,
+                sum);
+        };
+        int64_t d = 0;
+        for (; d + width <= dim; d += width) step(d, width);
+        if (d < dim) step(d, 1);
+        RXT_UNROLL
         for (int r = 0; r < rows; ++r)
+            RXT_UNROLL
             for (int p = 0; p < own; ++p)
+                RXT_UNROLL
                 for (int v = 0; v < vectors_per_panel; ++v)
                     store(scores[r] + (panel + p) * panel_width + v * Float::lanes, sum[r][p][v]);
     };
@@ -122,17 +126,24 @@ template <int rows, class Stored>
 inline void mix_values(const float* const* weights, const Stored* values, int64_t tokens, float (*out)[panel_width]) {
     constexpr int width = inputs_per_step<Stored>, step = attention_chains > width ? attention_chains : width;
     Float sum[attention_chains][rows][vectors_per_panel];
+    RXT_UNROLL
     for (int c = 0; c < attention_chains; ++c)
+        RXT_UNROLL
         for (int r = 0; r < rows; ++r)
+            RXT_UNROLL
             for (int v = 0; v < vectors_per_panel; ++v) sum[c][r][v] = zero();
     const auto add = [&](int64_t t, int64_t present) __attribute__((always_inline)) {
+        RXT_UNROLL
         for (int first = 0; first < step; first += width) {
             if (first >= present) break;
             Float value[width][vectors_per_panel];
             load_step(values + (t + first) * panel_width, value);
+            RXT_UNROLL
             for (int i = 0; i < width; ++i) {
                 if (first + i >= present) break;
+                RXT_UNROLL
                 for (int r = 0; r < rows; ++r)
+                    RXT_UNROLL
                     for (int v = 0; v < vectors_per_panel; ++v) {
                         Float& own = sum[(first + i) % attention_chains][r][v];
                         own = multiply_add(broadcast(weights[r][t + first + i]), value[i][v], own);
@@ -143,9 +154,12 @@ inline void mix_values(const float* const* weights, const Stored* values, int64_
     int64_t t = 0;
     for (; t + step <= tokens; t += step) add(t, step);
     if (t < tokens) add(t, tokens - t);
+    RXT_UNROLL
     for (int r = 0; r < rows; ++r)
+        RXT_UNROLL
         for (int v = 0; v < vectors_per_panel; ++v) {
             Float total = sum[0][r][v];
+            RXT_UNROLL
             for (int c = 1; c < attention_chains; ++c) total = total + sum[c][r][v];
             store(out[r] + v * Float::lanes, total);
         }
@@ -160,6 +174,7 @@ __attribute__((noinline)) void attend_rows(const Step& step, const Attention& at
     const int64_t most = seen(first + (row + rows - 1) / group), panels = panel_count(most), padded = panels * panel_width;
     const float* queries[rows];
     float* weights[rows];
+    RXT_UNROLL
     for (int r = 0; r < rows; ++r) {
         const int64_t t = first + (row + r) / group;
         queries[r] = work.queries + t * work.attention_width + attention.query_head(head, (row + r) % group) * dim;
@@ -167,11 +182,13 @@ __attribute__((noinline)) void attend_rows(const Step& step, const Attention& at
     }
     score_tokens<rows>(queries, cached, dim, panels, weights);
     float inverse[rows];
+    RXT_UNROLL
     for (int r = 0; r < rows; ++r) inverse[r] = weigh_tokens(weights[r], seen(first + (row + r) / group), most);
     for (int64_t panel = 0; panel < panel_count(dim); ++panel) {
         const int64_t from = panel * panel_width, width = dim - from < panel_width ? dim - from : panel_width;
         alignas(64) float mixed[rows][panel_width];
         mix_values<rows>(weights, cached.values + panel * cached.value_panel, most, mixed);
+        RXT_UNROLL
         for (int r = 0; r < rows; ++r) {
             const int64_t t = first + (row + r) / group;
             const int64_t place = t * work.attention_width + (head * group + (row + r) % group) * dim + from;

@@ -75,7 +75,11 @@ inline IntegerSums no_sums() { return {_mm512_set1_epi32(0)}; }
 
 inline IntegerSums add_pairs(IntegerSums sums, const int8_t* at, int32_t pair) {
     const __m512i weights = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+#if RXT_HAS_INTEGER_DOT
+    return {_mm512_dpwssd_epi32(sums.value, weights, _mm512_set1_epi32(pair))};
+#else
     return {_mm512_add_epi32(sums.value, _mm512_madd_epi16(weights, _mm512_set1_epi32(pair)))};
+#endif
 }
 
 inline Float to_floats(IntegerSums sums) { return {_mm512_cvtepi32_ps(sums.value)}; }
@@ -92,21 +96,30 @@ __attribute__((noinline)) void bytes_tile(const int16_t* const* a, const float* 
     for (int64_t first = 0; first < pairs; first += inputs_of_sum / 2) {
         const int64_t last = pairs - first < inputs_of_sum / 2 ? pairs : first + inputs_of_sum / 2;
         IntegerSums sum[rows][panels][vectors_per_panel];
+        RXT_UNROLL
         for (int r = 0; r < rows; ++r)
+            RXT_UNROLL
             for (int p = 0; p < panels; ++p)
+                RXT_UNROLL
                 for (int v = 0; v < vectors_per_panel; ++v) sum[r][p][v] = no_sums();
         for (int64_t k = first; k < last; ++k) {
+            RXT_UNROLL
             for (int r = 0; r < rows; ++r) {
                 int32_t pair;
                 std::memcpy(&pair, a[r] + 2 * k, sizeof pair);
+                RXT_UNROLL
                 for (int p = 0; p < panels; ++p)
+                    RXT_UNROLL
                     for (int v = 0; v < vectors_per_panel; ++v)
                         sum[r][p][v] = add_pairs(
                             sum[r][p][v], weights + p * distance + 2 * (k * panel_width + v * Float::lanes), pair);
             }
         }
+        RXT_UNROLL
         for (int r = 0; r < rows; ++r)
+            RXT_UNROLL
             for (int p = 0; p < panels; ++p)
+                RXT_UNROLL
                 for (int v = 0; v < vectors_per_panel; ++v) {
                     const int64_t place = p * panel_width + v * Float::lanes;
                     float* target = out + r * Sums::stride + place;

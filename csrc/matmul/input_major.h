@@ -32,7 +32,9 @@ inline __attribute__((always_inline)) void add_inputs(const Activations& a, int 
                                                       const Element* const* weights, int64_t column, int64_t left,
                                                       float* sums, int64_t stride) {
     Float w[group][vectors];
+    RXT_UNROLL
     for (int g = 0; g < group; ++g)
+        RXT_UNROLL
         for (int v = 0; v < vectors; ++v) {
             const Element* source = weights[g] + column + v * Float::lanes;
             w[g][v] = whole ? load(source) : load_up_to(source, left - v * Float::lanes);
@@ -40,11 +42,15 @@ inline __attribute__((always_inline)) void add_inputs(const Activations& a, int 
     for (int r = 0; r < rows; ++r) {
         float* target = sums + r * stride + column;
         Float total[vectors];
+        RXT_UNROLL
         for (int v = 0; v < vectors; ++v) total[v] = load(target + v * Float::lanes);
+        RXT_UNROLL
         for (int g = 0; g < group; ++g) {
             const Float x = broadcast(a(r, k + g));
+            RXT_UNROLL
             for (int v = 0; v < vectors; ++v) total[v] = multiply_add(x, w[g][v], total[v]);
         }
+        RXT_UNROLL
         for (int v = 0; v < vectors; ++v) store(target + v * Float::lanes, total[v]);
     }
 }
@@ -53,6 +59,7 @@ template <int group, class Activations, class WeightRow>
 inline __attribute__((always_inline)) void add_group(const Activations& a, int rows, int64_t k, const WeightRow& weight_row,
                                                      int64_t columns, float* sums, int64_t stride) {
     decltype(weight_row(k)) weights[group];
+    RXT_UNROLL
     for (int g = 0; g < group; ++g) weights[g] = weight_row(k + g);
     int64_t column = 0;
     for (; column + 2 * Float::lanes <= columns; column += 2 * Float::lanes)

@@ -7,7 +7,7 @@
 // order that depends only on how many rows its tile has.
 #pragma once
 
-#include "matmul/weights.h"
+#include "matmul/step.h"
 
 namespace rxt::RXT_INSTRUCTION_SET {
 
@@ -55,34 +55,34 @@ template <int rows, int panels, class Weight>
 inline void sums_of_tile(const float* const* a, int64_t stride, const Weight* const* weights, int64_t inputs, float* out) {
     constexpr int chains = chain_count<rows, panels>(), width = inputs_per_step<Weight>;
     Float sum[chains][rows][panels][vectors_per_panel];
+    RXT_UNROLL
     for (int c = 0; c < chains; ++c)
+        RXT_UNROLL
         for (int r = 0; r < rows; ++r)
+            RXT_UNROLL
             for (int p = 0; p < panels; ++p)
+                RXT_UNROLL
                 for (int v = 0; v < vectors_per_panel; ++v) sum[c][r][p][v] = zero();
     const auto step = [&](int chain, int64_t k, int present) __attribute__((always_inline)) {
-        for (int p = 0; p < panels; ++p) {
-            Float w[width][vectors_per_panel];
-            load_step(weights[p] + k * panel_width, w);
-            for (int i = 0; i < width; ++i) {
-                if (i >= present) break;
-                for (int r = 0; r < rows; ++r) {
-                    const Float x = broadcast(a[r][(k + i) * stride]);
-                    for (int v = 0; v < vectors_per_panel; ++v)
-                        sum[chain][r][p][v] = multiply_add(x, w[i][v], sum[chain][r][p][v]);
-                }
-            }
-        }
+        add_step<rows, panels, Weight>([&](int r, int i) __attribute__((always_inline)) { return a[r][(k + i) * stride]; },
+                                       [&](int p) __attribute__((always_inline)) { return weights[p] + k * panel_width; },
+                                       present, sum[chain]);
     };
     int64_t k = 0;
     for (; k + chains * width <= inputs; k += chains * width) {
+        RXT_UNROLL
         for (int chain = 0; chain < chains; ++chain) step(chain, k + chain * width, width);
     }
     for (; k + width <= inputs; k += width) step(0, k, width);
     if (k < inputs) step(0, k, 1);
+    RXT_UNROLL
     for (int r = 0; r < rows; ++r)
+        RXT_UNROLL
         for (int p = 0; p < panels; ++p)
+            RXT_UNROLL
             for (int v = 0; v < vectors_per_panel; ++v) {
                 Float total = sum[0][r][p][v];
+                RXT_UNROLL
                 for (int chain = 1; chain < chains; ++chain) total = total + sum[chain][r][p][v];
                 store(out + r * Tile::stride + p * panel_width + v * Float::lanes, total);
             }

@@ -13,26 +13,37 @@ template <int rows, int outputs, class Element>
 inline void dots(const float* const* a, const Element* const* weights, int64_t inputs, float* out, int64_t stride) {
     constexpr int lanes = Float::lanes;
     Float sums[2][rows][outputs];
+    RXT_UNROLL
     for (int c = 0; c < 2; ++c)
+        RXT_UNROLL
         for (int r = 0; r < rows; ++r)
+            RXT_UNROLL
             for (int n = 0; n < outputs; ++n) sums[c][r][n] = zero();
     int64_t k = 0;
     for (; k + 2 * lanes <= inputs; k += 2 * lanes)
+        RXT_UNROLL
         for (int c = 0; c < 2; ++c) {
             Float w[outputs];
+            RXT_UNROLL
             for (int n = 0; n < outputs; ++n) w[n] = load(weights[n] + k + c * lanes);
+            RXT_UNROLL
             for (int r = 0; r < rows; ++r) {
                 const Float x = load(a[r] + k + c * lanes);
+                RXT_UNROLL
                 for (int n = 0; n < outputs; ++n) sums[c][r][n] = multiply_add(x, w[n], sums[c][r][n]);
             }
         }
     for (; k < inputs; k += lanes)
+        RXT_UNROLL
         for (int n = 0; n < outputs; ++n) {
             const Float w = load_up_to(weights[n] + k, inputs - k);
+            RXT_UNROLL
             for (int r = 0; r < rows; ++r)
                 sums[0][r][n] = multiply_add(load_up_to(a[r] + k, inputs - k), w, sums[0][r][n]);
         }
+    RXT_UNROLL
     for (int r = 0; r < rows; ++r)
+        RXT_UNROLL
         for (int n = 0; n < outputs; ++n) out[r * stride + n] = sum(sums[0][r][n] + sums[1][r][n]);
 }
 
@@ -43,6 +54,7 @@ inline void dots_of_rows(const float* const* a, const WeightRow& weight_row, int
     const Element* weights[outputs];
     int64_t n = 0;
     for (; n + outputs <= count; n += outputs) {
+        RXT_UNROLL
         for (int i = 0; i < outputs; ++i) weights[i] = weight_row(n + i);
         dots<rows, outputs>(a, weights, inputs, sums + n, stride);
     }

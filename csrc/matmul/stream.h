@@ -5,8 +5,7 @@
 // what else is computed with it. Weights of 8 bits have a product of their own (bytes.h).
 #pragma once
 
-#include "matmul/weights.h"
-#include "simd/vector.h"
+#include "matmul/step.h"
 
 namespace rxt::RXT_INSTRUCTION_SET {
 
@@ -44,28 +43,29 @@ __attribute__((noinline)) void stream_tile(const float* const* a, const Weight* 
                                            float* out) {
     constexpr int width = inputs_per_step<Weight>;
     Float sum[rows][panels][vectors_per_panel];
+    RXT_UNROLL
     for (int r = 0; r < rows; ++r)
+        RXT_UNROLL
         for (int p = 0; p < panels; ++p)
+            RXT_UNROLL
             for (int v = 0; v < vectors_per_panel; ++v) sum[r][p][v] = zero();
     const auto step = [&](int64_t k, int present) __attribute__((always_inline)) {
-        for (int p = 0; p < panels; ++p) {
-            Float w[width][vectors_per_panel];
-            load_step(weights + p * distance + k * panel_width, w);
-            for (int i = 0; i < present; ++i)
-                for (int r = 0; r < rows; ++r) {
-                    const Float x = broadcast(a[r][k + i]);
-                    for (int v = 0; v < vectors_per_panel; ++v) sum[r][p][v] = multiply_add(x, w[i][v], sum[r][p][v]);
-                }
-        }
+        add_step<rows, panels, Weight>([&](int r, int i) __attribute__((always_inline)) { return a[r][k + i]; },
+                                       [&](int p) __attribute__((always_inline)) { return weights + p * distance + k * panel_width; },
+                                       present, sum);
     };
     constexpr int unrolled = rows == 1 ? 4 : 1;
     int64_t k = 0;
     for (; k + unrolled * width <= inputs; k += unrolled * width)
+        RXT_UNROLL
         for (int u = 0; u < unrolled; ++u) step(k + u * width, width);
     for (; k + width <= inputs; k += width) step(k, width);
     if (k < inputs) step(k, 1);
+    RXT_UNROLL
     for (int r = 0; r < rows; ++r)
+        RXT_UNROLL
         for (int p = 0; p < panels; ++p)
+            RXT_UNROLL
             for (int v = 0; v < vectors_per_panel; ++v)
                 store(out + r * Sums::stride + p * panel_width + v * Float::lanes, sum[r][p][v]);
 }

@@ -179,6 +179,10 @@ static inline __m512i madd_epi16(__m512i a, __m512i b) {
     const auto x = lanes<int16_t>(a), y = lanes<int16_t>(b);
     return each_integer([&](int i) { return x.at[2 * i] * y.at[2 * i] + x.at[2 * i + 1] * y.at[2 * i + 1]; });
 }
+static inline __m512i dpwssd_epi32(__m512i sums, __m512i a, __m512i b) {
+    const auto c = lanes<int32_t>(sums), products = lanes<int32_t>(madd_epi16(a, b));
+    return each_integer([&](int i) { return c.at[i] + products.at[i]; });
+}
 static inline __m512i srai_epi32(__m512i a, int count) {
     const auto x = lanes<int32_t>(a);
     return each_integer([&](int i) { return x.at[i] >> count; });
@@ -248,6 +252,7 @@ static inline __m512 dpbf16_ps(__m512 c, Pairs a, Pairs b) {
 #define _mm512_cvtepu16_epi32(a) ::rxt::emulated::cvtepu16_epi32(a)
 #define _mm512_cvtepi8_epi16(a) ::rxt::emulated::cvtepi8_epi16(a)
 #define _mm512_madd_epi16(a, b) ::rxt::emulated::madd_epi16(a, b)
+#define _mm512_dpwssd_epi32(c, a, b) ::rxt::emulated::dpwssd_epi32(c, a, b)
 #define _mm512_srai_epi32(a, count) ::rxt::emulated::srai_epi32(a, count)
 #define _mm512_cvtepi32_epi16(a) ::rxt::emulated::cvtepi32_epi16(a)
 #define _mm512_cvtepi32_ps(a) ::rxt::emulated::cvtepi32_ps(a)

@@ -22,7 +22,16 @@
 #include "simd/avx512_bf16.h"
 #endif
 
+// Written before a loop of constant length over vectors that are to stay in registers: an array whose loops are not all unrolled
+// lies in memory, and every sum is then stored in every step. Compilers decide otherwise from one version and caller to the next.
+#if defined(__clang__)
+#define RXT_UNROLL _Pragma("unroll")
+#else
+#define RXT_UNROLL _Pragma("GCC unroll 64")
+#endif
+
 #define RXT_HAS_BFLOAT16_DOT (RXT_SET_NUMBER(RXT_INSTRUCTION_SET) == RXT_SET_avx512_bf16)
+#define RXT_HAS_INTEGER_DOT (RXT_SET_NUMBER(RXT_INSTRUCTION_SET) == RXT_SET_avx512_bf16)
 
 namespace rxt::RXT_INSTRUCTION_SET {
 

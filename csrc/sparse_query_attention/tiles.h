@@ -23,25 +23,25 @@ struct Tile {
     Float sums[Rows][Vectors];
 
     [[gnu::always_inline]] inline void clear() {
-#pragma GCC unroll 16
+        RXT_UNROLL
         for (int row = 0; row < Rows; ++row) {
-#pragma GCC unroll 16
+            RXT_UNROLL
             for (int v = 0; v < Vectors; ++v) sums[row][v] = zero();
         }
     }
 
     [[gnu::always_inline]] inline void write(float* target, int64_t stride) const {
-#pragma GCC unroll 16
+        RXT_UNROLL
         for (int row = 0; row < Rows; ++row) {
-#pragma GCC unroll 16
+            RXT_UNROLL
             for (int v = 0; v < Vectors; ++v) store(target + row * stride + v * Float::lanes, sums[row][v]);
         }
     }
 
     [[gnu::always_inline]] inline void add_to(float* target, int64_t stride) const {
-#pragma GCC unroll 16
+        RXT_UNROLL
         for (int row = 0; row < Rows; ++row) {
-#pragma GCC unroll 16
+            RXT_UNROLL
             for (int v = 0; v < Vectors; ++v) {
                 float* place = target + row * stride + v * Float::lanes;
                 store(place, load(place) + sums[row][v]);
@@ -54,12 +54,12 @@ struct Tile {
     [[gnu::always_inline]] inline void multiply(int64_t steps, const float* left, const Element* right, int64_t right_stride) {
         for (int64_t step = 0; step < steps; ++step) {
             Float vectors[Vectors];
-#pragma GCC unroll 16
+            RXT_UNROLL
             for (int v = 0; v < Vectors; ++v) vectors[v] = load(right + v * Float::lanes);
-#pragma GCC unroll 16
+            RXT_UNROLL
             for (int row = 0; row < Rows; ++row) {
                 const Float factor = broadcast(left[row * RowStride]);
-#pragma GCC unroll 16
+                RXT_UNROLL
                 for (int v = 0; v < Vectors; ++v) sums[row][v] = multiply_add(factor, vectors[v], sums[row][v]);
             }
             left += StepStride;
