@@ -97,14 +97,16 @@ def exponent(costs: Sequence[float]) -> float:
 
 
 def running_median(values: Sequence[float], width: int = 5) -> list[float]:
-    """Median over a centred window that shrinks at the ends.
+    """Median over a centred window that looks no further ahead than back, so that the first value stands for itself.
+
+    At the end it shrinks.
 
     Example:
-        >>> running_median([1.0, 9.0, 1.0, 1.0], width=3)
-        [5.0, 1.0, 1.0, 1.0]
+        >>> running_median([9.0, 1.0, 1.0, 9.0], width=3)
+        [9.0, 1.0, 1.0, 5.0]
     """
     half = width // 2
-    return [float(np.median(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
+    return [float(np.median(values[max(0, i - half) : i + min(half, i) + 1])) for i in range(len(values))]
 
 
 def overtaking_turn(ratios: Sequence[float]) -> int | None:

@@ -431,7 +431,7 @@ def test_report_finds_what_was_put_in() -> None:
     sentences = [found["sentence"] for found in summary["overtaking"]]
     assert sentences[2] == (
         "Waiting for the whole answer, RxT against the LLM that re-reads its history: ahead from turn 11 on; 3.52 times as "
-        "fast over the last 8 turns (turn 1: 1.67 times as long)."
+        "fast over the last 8 turns (turn 1: 1.82 times as long)."
     )
     assert sentences[3] == (
         "Waiting for the whole answer, RxT against the LLM that keeps its KV cache: behind, not overtaking within 64 turns; "
