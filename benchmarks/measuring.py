@@ -9,8 +9,8 @@ What a system computes is compared before it is timed:
 
     float32     largest difference, over the largest value of the reference: at most 1e-4
     bfloat16    root mean square of the difference, over that of the reference: at most twice what eager torch is off by in
-                bfloat16, plus one rounding step; at most 0.05 where eager torch was not asked. Eager torch itself is the
-                measure, and is refused only where nothing could be measured by it: above 0.25
+                bfloat16, plus one rounding step. Eager torch itself is the measure; above 0.25 it is none, and is refused.
+                Where there is no measure, because it is none or was not asked: at most 0.05
     int8        the same measure: at most 0.1 (weights of 8 bits, random ones)
 
 A system that fails is not timed and is reported as refused; one that cannot be had here is reported as absent.
@@ -149,7 +149,7 @@ def granted(dtype: str, backend: str, eager: float | None) -> float:
     """
     if dtype == "bfloat16" and backend == REFERENCE:
         return _EAGER_BFLOAT16
-    if dtype == "bfloat16" and eager is not None:
+    if dtype == "bfloat16" and eager is not None and eager <= _EAGER_BFLOAT16:
         return 2 * eager + torch.finfo(torch.bfloat16).eps
     return GRANTED[dtype]
 
@@ -218,16 +218,16 @@ def _admit(case: Case, measured: Measured) -> list[_Entrant]:
             task = system.make()
             expected = case.expected if task.expected is None else task.expected
             found = difference(task.result(), expected, system.dtype)
+            if system.backend == REFERENCE:
+                eager[system.dtype] = found
+            elif system.dtype == "bfloat16" and system.dtype not in eager and case.eager is not None:
+                eager[system.dtype] = difference(case.eager(system.dtype), case.expected, system.dtype)
         except Absent as absence:
             measured.absent.append({**who, "reason": str(absence)})
             continue
         except Exception as failure:  # of one system; the others are measured nevertheless
             measured.refused.append({**who, "reason": f"it failed: {_sentence(failure)}"})
             continue
-        if system.backend == REFERENCE:
-            eager[system.dtype] = found
-        elif system.dtype == "bfloat16" and system.dtype not in eager and case.eager is not None:
-            eager[system.dtype] = difference(case.eager(system.dtype), case.expected, system.dtype)
         limit = granted(system.dtype, system.backend, eager.get(system.dtype))
         if not found <= limit:
             reason = (

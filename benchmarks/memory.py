@@ -166,6 +166,11 @@ def run(arguments: argparse.Namespace) -> int:
     history = (
         None if arguments.history is None else SparseQueryTransformer.from_pretrained(arguments.history).to(device)
     )
+    if history is not None and history.config.vocab_size != model.decoder.config.vocab_size:
+        raise ValueError(
+            f"--history {arguments.history} has a vocabulary of {history.config.vocab_size} tokens and the model one of "
+            f"{model.decoder.config.vocab_size}; name the control of this model (rxt train stateless --model)."
+        )
     settings = {
         "conversations": arguments.conversations,
         "distances": list(arguments.distances),

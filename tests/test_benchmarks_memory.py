@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rxt_benchmarks import memory
 from rxt_benchmarks.results import read_results
+
+from rxt_model.demo_model import load_demo_model
+from rxt_model.tokenizer import train_tokenizer
+from rxt_model.training.recipe import STATELESS_SHAPE
+from rxt_model.training.stateless_control import stateless_model
 
 pytest.importorskip("chitchat_dataset")
 
@@ -68,3 +74,18 @@ def test_what_does_not_fit_is_refused(
     assert _run(path, distances=(1,), conversations=1) == 0
     assert _run(path, "--resume", **{"distances": (1,), "conversations": 1, **change}) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_control_that_reads_the_history_is_measured_beside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, shape = tmp_path / "memory.json", replace(STATELESS_SHAPE, embed_dim=32, num_layers=1, expert_ff=8)
+    tokenizer = load_demo_model().tokenizer
+    assert tokenizer is not None
+    stateless_model(tokenizer, shape).save_pretrained(tmp_path / "control")
+    assert _run(path, "--history", str(tmp_path / "control"), distances=(1,)) == 0
+    curves = {(row["name"], row["shape"]["changed"]) for row in read_results(path).rows}
+    assert {("history", False), ("history", True)} < curves
+    stateless_model(train_tokenizer(["a b c"], 300), shape).save_pretrained(tmp_path / "other")
+    assert _run(path, "--history", str(tmp_path / "other"), distances=(1,)) == 2
+    assert "has a vocabulary of" in capsys.readouterr().err

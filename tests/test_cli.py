@@ -1011,9 +1011,10 @@ def test_training_of_the_control(rxt: Rxt, model_directory: Path, monkeypatch: p
     monkeypatch.setattr("rxt_model.training.stateless_control.train_stateless", train_stateless)
     outcome = rxt("train", "stateless", "--model", model_directory, "--steps", 7)
     assert outcome.status == 0
-    assert "rxt bench memory --history runs/stateless" in outcome.out
+    assert f"rxt bench memory --model {model_directory} --history runs/stateless" in outcome.out
     own = Tokenizer.from_pretrained(model_directory).vocab_size
     assert calls == [(Path("runs/stateless"), own, 7)]
+    assert "`rxt bench memory --history out`" in rxt("train", "stateless", "--output", "out").out
     refused(rxt("train", "stateless", "--model", "absent"), "absent")
 
 

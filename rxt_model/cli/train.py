@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"train: --output {output} is a file; name a directory.")
     from rxt_model.training.output import training_states
 
-    use = f"rxt chat --model {output}" if options.recipe == "demo" else f"rxt bench memory --history {output}"
+    use = f"rxt chat --model {output}" if options.recipe == "demo" else _measurement(options.model, output)
     interrupted = bool(training_states(output))
     if (output / "model.safetensors").exists() and not interrupted and not options.overwrite:
         raise UserError(
@@ -97,6 +97,13 @@ def run(options: argparse.Namespace) -> int:
         return INTERRUPTED
     print(f"trained: {output}; use it with `{use}`")
     return 0
+
+
+def _measurement(model: str, control: Path) -> str:
+    from rxt_model.cli.loading import DEMO
+
+    of = "" if model == DEMO else f" --model {model}"
+    return f"rxt bench memory{of} --history {control}"
 
 
 def _train(options: argparse.Namespace, output: Path) -> None:
