@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured again in every round of a benchmark, so that limits drift with what they limit.
+"""What this machine can do at most, measured again beside everything that is timed, so that limits drift with what they limit.
 
 The native extension reads memory and multiplies in loops made for nothing else. Where it is not built, torch has to do:
 the sum of a large array and the product of large matrices come less close, so that ratios to a floor look better than
@@ -33,6 +33,15 @@ class Limits(NamedTuple):
     """The same of products of bfloat16 that are summed in float32."""
     source: str
     """``native`` or ``torch``: who measured."""
+
+    def or_faster(self, other: Limits) -> Limits:
+        """The higher of two measured rates, each."""
+        return Limits(
+            max(self.read_bandwidth, other.read_bandwidth),
+            max(self.fma, other.fma),
+            max(self.bfloat16, other.bfloat16),
+            self.source,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The form in which results are saved."""
@@ -69,7 +78,10 @@ def floor(work: Work, dtype: str, limits: Limits) -> Floor:
 
 
 class Machine:
-    """The limits with a number of threads: the fastest of all samples, because a limit is what can be done at best.
+    """The limits with a number of threads.
+
+    What a machine can do at best is the fastest of all samples. A machine that others share does less at times: the rate of
+    reading may halve and come back within seconds. So each sample is given as well, for what is timed next to it.
 
     Args:
         threads: which torch is set to as well.
@@ -80,18 +92,11 @@ class Machine:
         self._native = native_runtime.extension if native_runtime.available() else None
         self._best: Limits | None = None
 
-    def sample(self) -> None:
-        """Measure once more; takes a tenth of a second."""
+    def sample(self) -> Limits:
+        """Measure once more, in a tenth of a second, and give what was measured."""
         found = self._by_torch() if self._native is None else self._by_extension(self._native)
-        best = self._best
-        if best is not None:
-            found = Limits(
-                max(best.read_bandwidth, found.read_bandwidth),
-                max(best.fma, found.fma),
-                max(best.bfloat16, found.bfloat16),
-                found.source,
-            )
-        self._best = found
+        self._best = found if self._best is None else self._best.or_faster(found)
+        return found
 
     @property
     def limits(self) -> Limits:

@@ -1,9 +1,11 @@
 """One piece of work done by several systems: each is checked against the reference, then all are timed round by round.
 
 A :class:`Case` is the work at one size; a :class:`System` is who does it, in which dtype, and how to make it ready. In
-every round each system works once, in an order that rotates, and the machine's limits are measured once: what else the
-machine does hits all of them alike. The result are rows with percentiles, the floor that the limits of the same rounds
-give, and the ratio to it.
+every round each system works once, in an order that rotates, and the machine's limits are measured between any two of
+them: what else the machine does hits all alike. The result are rows with percentiles, the floor that the fastest limits of
+all rounds give, and the ratio to it. ``paired_ratio`` has the percentiles of each time over the floor of its own moment, by
+the limits measured right before and right after it, whichever were faster: where the machine's rates come and go with what
+its host does for others, this is what the software makes of what is there.
 
 What a system computes is compared before it is timed:
 
@@ -198,6 +200,20 @@ class _Entrant:
     difference: float
     granted: float
     samples: list[float] = field(default_factory=list)
+    paired: list[float] = field(default_factory=list)
+
+    def run(self, case: Case, machine: Machine, before: Limits) -> Limits:
+        """Work once, ``before`` being the limits measured right before; gives those measured right after."""
+        seconds = self.task.run()
+        after = machine.sample()
+        least = floor(self.work(case), self.system.dtype, before.or_faster(after)).seconds
+        self.samples.extend(seconds)
+        self.paired.extend(one / least for one in seconds)
+        return after
+
+    def work(self, case: Case) -> Work:
+        """What cannot be done without."""
+        return case.work(self.system.dtype) if self.system.work is None else self.system.work
 
 
 def _sentence(failure: BaseException) -> str:
@@ -246,7 +262,7 @@ def measure_case(
 
     Args:
         case: the work.
-        machine: sampled in every round.
+        machine: sampled before and after each system's turn.
         repeats: rounds.
         stop_at: ``time.monotonic()`` after which no further round begins, but the first three.
         progress: called after every round.
@@ -261,10 +277,10 @@ def measure_case(
             if stop_at is not None and number >= _LEAST_ROUNDS and time.monotonic() >= stop_at:
                 measured.complete = False
                 break
-            machine.sample()
+            limits = machine.sample()
             first = number % max(1, len(entrants))
             for entrant in (*entrants[first:], *entrants[:first]):
-                entrant.samples.extend(entrant.task.run())
+                limits = entrant.run(case, machine, limits)
             progress()
     measured.rows = [_row(case, entrant, machine.limits) for entrant in entrants]
     return measured
@@ -272,9 +288,9 @@ def measure_case(
 
 def _row(case: Case, entrant: _Entrant, limits: Limits) -> dict[str, Any]:
     system = entrant.system
-    work = case.work(system.dtype) if system.work is None else system.work
+    work = entrant.work(case)
     least = floor(work, system.dtype, limits)
-    spread = percentiles(entrant.samples)
+    spread, paired = percentiles(entrant.samples), percentiles(entrant.paired)
     row = {
         "name": case.name,
         "model": system.model or case.model,
@@ -287,6 +303,7 @@ def _row(case: Case, entrant: _Entrant, limits: Limits) -> dict[str, Any]:
         "p80": round(spread.p80, 9),
         "floor": round(least.seconds, 9),
         "ratio": round(spread.p50 / least.seconds, 4),
+        "paired_ratio": {name: round(value, 4) for name, value in paired._asdict().items()},
         "bound": least.bound,
         "bytes": work.bytes,
         "flops": work.flops,

@@ -11,7 +11,8 @@ Top level::
     environment      see environment.describe_environment
     limits           read_bandwidth_bytes_per_second, fma_flops_per_second; nothing has to be there where no row was timed
     rows             a list; each row has name, backend, dtype, shape, where something was timed p20, p50, p80 in seconds,
-                     and what the benchmark adds: those of native kernels floor, in seconds, and ratio, which is p50 / floor
+                     and what the benchmark adds: those of native kernels floor, in seconds, ratio, which is p50 / floor,
+                     and paired_ratio, percentiles of each time over the floor of its moment
     summary          what the benchmark concludes from its rows
 """
 

@@ -278,7 +278,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of one case for a person, with what the machine could do in the same rounds."""
     limits = rows[0]["limits"]
     has_models = len({row["model"] for row in rows}) > 1
-    header = f"{'backend':<25}{'dtype':<10}{'p20':>10}{'p50':>10}{'p80':>10}{'floor':>10}  {'p50/floor':>9}{'speed':>9}"
+    times = "".join(f"{name:>10}" for name in ("p20", "p50", "p80", "floor"))
+    header = f"{'backend':<25}{'dtype':<10}{times}  {'p50/floor':>9}{'paired':>9}{'speed':>9}"
     reference = next((row["p50"] for row in rows if (row["backend"], row["dtype"]) == (REFERENCE, "float32")), None)
     lines = [
         f"  limits ({limits['source']}): {limits['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s read, "
@@ -290,7 +291,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         speed = "" if reference is None else f"{reference / row['p50']:.2f}x"
         times = "".join(f"{1e3 * row[name]:>10.3f}" for name in ("p20", "p50", "p80", "floor"))
         model = f"{row['model']:<12}" if has_models else ""
-        lines.append(f"  {model}{row['backend']:<25}{row['dtype']:<10}{times}  {row['ratio']:>9.2f}{speed:>9}")
+        ratios = f"{row['ratio']:>9.2f}{row['paired_ratio']['p50']:>9.2f}"
+        lines.append(f"  {model}{row['backend']:<25}{row['dtype']:<10}{times}  {ratios}{speed:>9}")
     return "\n".join(lines)
 
 

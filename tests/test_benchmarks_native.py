@@ -57,6 +57,7 @@ ROW = (
     "p80",
     "floor",
     "ratio",
+    "paired_ratio",
     "bound",
     "limits",
 )
@@ -157,8 +158,10 @@ class KnownMachine(Machine):
     def __init__(self, threads: int) -> None:
         self.samples = 0
 
-    def sample(self) -> None:
+    def sample(self) -> Limits:
+        """Slower every time, as a machine that others use more and more."""
         self.samples += 1
+        return LIMITS._replace(read_bandwidth=LIMITS.read_bandwidth / self.samples)
 
     @property
     def limits(self) -> Limits:
@@ -264,10 +267,12 @@ def test_rounds_are_interleaved_in_rotating_order_and_rows_say_everything() -> N
     machine = KnownMachine(1)
     found = measuring.measure_case(case(*systems, weights=lambda dtype: int(8e9)), machine, 3)
     assert "".join(log) == "abc" + "abc" + "bca" + "cab"  # the first three are warm-up
-    assert machine.samples == 3
+    assert machine.samples == 3 * (1 + 3)  # before the first of a round and after each
     row = found.rows[1]
     assert set(ROW) <= set(row)
     assert (row["p20"], row["p50"], row["p80"], row["floor"], row["ratio"]) == (2.0, 2.0, 2.0, 0.5, 4.0)
+    # System b was timed after samples 2, 5 and 11 of a machine that does its n-th part in sample n.
+    assert row["paired_ratio"] == {"p20": 0.5382, "p50": 0.8, "p80": 1.52}
     assert (row["bound"], row["weights_floor"], row["weights_ratio"]) == ("read_bandwidth", 0.25, 8.0)
 
 

@@ -19,16 +19,16 @@ def _matching_heads(attention: Any, basis: Tensor) -> None:
         projection.weight.copy_(basis[: projection.weight.shape[0]])
 
 
-def _copying_heads(attention: Any, basis: Tensor) -> None:
-    """Let values go in and come out unchanged, in a subspace that is the same everywhere."""
+def _copying_heads(attention: Any, basis: Tensor, scale: float = 1.0) -> None:
+    """Let values go in and come out as they were, times ``scale``, in a subspace that is the same everywhere."""
     value, output = attention.v_proj.weight, attention.out_proj.weight
     value.copy_(basis[: value.shape[0]])
     if output.shape[1] == value.shape[0]:
-        output.copy_(basis[: value.shape[0]].t())
+        output.copy_(basis[: value.shape[0]].t() * scale)
     else:  # several query heads share a key/value head: spread its value over them
         repeats = output.shape[1] // value.shape[0]
         heads = basis[: value.shape[0]].unflatten(0, (-1, value.shape[0] // attention.key_value_heads))
-        output.copy_(heads.repeat_interleave(repeats, 0).flatten(0, 1).t() / repeats)
+        output.copy_(heads.repeat_interleave(repeats, 0).flatten(0, 1).t() * (scale / repeats))
 
 
 @torch.no_grad()
@@ -52,8 +52,10 @@ def prepare_for_copying(model: RxTAlpha | SparseQueryTransformer) -> None:
     network.embedding.weight.mul_(0.25)
     network.head.weight.copy_(network.embedding.weight)
     network.head.bias.zero_()
+    # Without memory every attention is one that copies a token to itself: together they add it once.
+    scale = 1.0 / len(network.layers) if isinstance(model, SparseQueryTransformer) else 1.0
     for layer in network.layers:
-        _copying_heads(layer.attention, basis)
+        _copying_heads(layer.attention, basis, scale)
         if hasattr(layer, "memory_cross_attention"):
             _copying_heads(layer.memory_cross_attention, basis)
             _matching_heads(layer.memory_cross_attention, basis)

@@ -146,7 +146,7 @@ STATELESS_SHAPE = replace(DEMO_SHAPE, num_layers=5, expert_ff=240)
 
 STATELESS_PHASE = Phase(
     TrainingSettings(
-        steps=2400,
+        steps=1200,
         learning_rate=1.5e-3,
         final_learning_rate=0.02,
         stages=(
