@@ -89,10 +89,28 @@ def test_many_experts(tokens: int, experts: int, top_k: int, accumulation: str) 
         torch.testing.assert_close(tuple(fast), tuple(slow), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("lists", [False, True])
+def test_several_rounds_of_experts_with_many_tokens_and_with_few(lists: bool) -> None:
+    tensors = make(2600, 5, 24, 100)
+    tensors["x"][:, 0] = 1.0
+    tensors["router_weight"][:2, 0] -= 16.0  # hardly ever, and never, chosen
+    tensors["router_weight"][1, 0] -= 1000.0
+    chosen = (tensors["x"] @ tensors["router_weight"].t()).topk(2).indices
+    counts = chosen.flatten().bincount(minlength=5).tolist()
+    # A round has room for 2^21 floats, five hundred of which a place of these experts takes; a block for 960 tokens, and those of
+    # fewer than 24 are multiplied otherwise.
+    assert 0 < counts[0] < 24
+    assert counts[1] == 0
+    assert max(counts) > 960
+    assert sum(counts) > 2**21 // 500
+    compare(tensors, torch.float32, lists, top_k=2)
+
+
+@pytest.mark.parametrize("tokens", [9, 120])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", ["silu", "swish", "relu", "gelu", "sigmoid", "linear"])
-def test_activations(activation: str, gated: bool) -> None:
-    compare(make(9, 3, 16, 9, gated=gated), top_k=2, activation=activation, gated=gated)
+def test_activations(activation: str, gated: bool, tokens: int) -> None:
+    compare(make(tokens, 3, 16, 9, gated=gated), top_k=2, activation=activation, gated=gated)
 
 
 @pytest.mark.parametrize("lists", [False, True])

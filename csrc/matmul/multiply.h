@@ -51,8 +51,14 @@ constexpr int chain_count() {
     return sums >= 8 ? 1 : sums >= 4 ? 2 : 4;
 }
 
+// Where the sums of a tile go: row r of panel p begins at `at` + r * row + p * panel.
+struct Target {
+    float* at;
+    int64_t row, panel;
+};
+
 template <int rows, int panels, class Weight>
-inline void sums_of_tile(const float* const* a, int64_t stride, const Weight* const* weights, int64_t inputs, float* out) {
+inline void sums_of_tile(const float* const* a, int64_t stride, const Weight* const* weights, int64_t inputs, const Target& out) {
     constexpr int chains = chain_count<rows, panels>(), width = inputs_per_step<Weight>;
     Float sum[chains][rows][panels][vectors_per_panel];
     RXT_UNROLL
@@ -84,14 +90,14 @@ inline void sums_of_tile(const float* const* a, int64_t stride, const Weight* co
                 Float total = sum[0][r][p][v];
                 RXT_UNROLL
                 for (int chain = 1; chain < chains; ++chain) total = total + sum[chain][r][p][v];
-                store(out + r * Tile::stride + p * panel_width + v * Float::lanes, total);
+                store(out.at + r * out.row + p * out.panel + v * Float::lanes, total);
             }
 }
 
 // Chooses the template for a number of rows that is known at run time.
 template <int most_rows, int panels, class Weight>
 inline void sums_of_rows(int rows, const float* const* a, int64_t stride, const Weight* const* weights, int64_t inputs,
-                         float* out) {
+                         const Target& out) {
     if constexpr (most_rows == 1) {
         sums_of_tile<1, panels>(a, stride, weights, inputs, out);
     } else if (rows == most_rows) {
@@ -110,6 +116,7 @@ inline void multiply(const Rows<RowAddress>& a, int64_t first_row, int64_t last_
     // Rows that stay in the cache while all panels pass by.
     constexpr int64_t block = tile_rows * (96 / tile_rows);
     alignas(64) float sums[tile_rows * Tile::stride];
+    const detail::Target target{sums, Tile::stride, panel_width};
     for (int64_t block_start = first_row; block_start < last_row; block_start += block) {
         const int64_t block_end = block_start + block < last_row ? block_start + block : last_row;
         for (int64_t panel = first_panel; panel < last_panel; panel += tile_panels) {
@@ -124,15 +131,15 @@ inline void multiply(const Rows<RowAddress>& a, int64_t first_row, int64_t last_
                 const float* addresses[tile_rows];
                 for (int r = 0; r < rows; ++r) addresses[r] = a.row(row + r);
                 if (panels == tile_panels) {
-                    detail::sums_of_rows<tile_rows, tile_panels>(rows, addresses, a.stride, at, weights.inputs, sums);
+                    detail::sums_of_rows<tile_rows, tile_panels>(rows, addresses, a.stride, at, weights.inputs, target);
                 } else {
-                    detail::sums_of_rows<tile_rows, 1>(rows, addresses, a.stride, at, weights.inputs, sums);
+                    detail::sums_of_rows<tile_rows, 1>(rows, addresses, a.stride, at, weights.inputs, target);
                 }
                 if (weights.scales != nullptr) {
                     for (int r = 0; r < rows; ++r)
                         for (int i = 0; i < panels * panel_width; i += Float::lanes) {
-                            float* target = sums + r * Tile::stride + i;
-                            store(target, load(target) * load(weights.scales + first_output + i));
+                            float* sum = sums + r * Tile::stride + i;
+                            store(sum, load(sum) * load(weights.scales + first_output + i));
                         }
                 }
                 epilogue(Tile{row, first_output, rows, outputs, sums});

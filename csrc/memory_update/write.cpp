@@ -165,20 +165,6 @@ struct Keys {
     bool split;
 };
 
-// Scratch of a call, cut into pieces.
-class Pieces {
-public:
-    int64_t add(int64_t count) {
-        const int64_t first = total_;
-        total_ += (count + 15) / 16 * 16;
-        return first;
-    }
-    int64_t total() const { return total_; }
-
-private:
-    int64_t total_ = 0;
-};
-
 class MemoryWrite {
 public:
     Sizes sizes{};

@@ -33,34 +33,67 @@ inline Normal normal(Float x) {
     return {where_less(x, zero(), tail, broadcast(1.0f) - tail), bell};
 }
 
-inline ValueAndSlope activate_with_slope(Activation activation, Float x) {
+template <Activation activation>
+[[gnu::always_inline]] inline Float activate(Float x) {
+    if constexpr (activation == Activation::silu) return x * sigmoid(x);
+    if constexpr (activation == Activation::relu) return maximum(x, zero());
+    if constexpr (activation == Activation::gelu) return x * normal(x).cumulative;
+    if constexpr (activation == Activation::sigmoid) return sigmoid(x);
+    return x;
+}
+
+template <Activation activation>
+[[gnu::always_inline]] inline ValueAndSlope activate_with_slope(Float x) {
     const Float one = broadcast(1.0f);
+    if constexpr (activation == Activation::silu) {
+        const Float s = sigmoid(x);
+        return {x * s, s * multiply_add(x, one - s, one)};
+    }
+    if constexpr (activation == Activation::relu) return {maximum(x, zero()), where_less(zero(), x, one, zero())};
+    if constexpr (activation == Activation::gelu) {
+        const Normal n = normal(x);
+        return {x * n.cumulative, multiply_add(x * n.bell, broadcast(0.39894228f), n.cumulative)};
+    }
+    if constexpr (activation == Activation::sigmoid) {
+        const Float s = sigmoid(x);
+        return {s, s * (one - s)};
+    }
+    return {x, one};
+}
+
+template <Activation activation>
+struct Kind {
+    static constexpr Activation value = activation;
+};
+
+// task(Kind<...>()) of an activation that is known at run time: once for many values.
+template <class Task>
+inline void with_kind(Activation activation, Task&& task) {
     switch (activation) {
-        case Activation::silu: {
-            const Float s = sigmoid(x);
-            return {x * s, s * multiply_add(x, one - s, one)};
-        }
-        case Activation::relu: return {maximum(x, zero()), where_less(zero(), x, one, zero())};
-        case Activation::gelu: {
-            const Normal n = normal(x);
-            return {x * n.cumulative, multiply_add(x * n.bell, broadcast(0.39894228f), n.cumulative)};
-        }
-        case Activation::sigmoid: {
-            const Float s = sigmoid(x);
-            return {s, s * (one - s)};
-        }
-        default: return {x, one};
+        case Activation::silu: return task(Kind<Activation::silu>());
+        case Activation::relu: return task(Kind<Activation::relu>());
+        case Activation::gelu: return task(Kind<Activation::gelu>());
+        case Activation::sigmoid: return task(Kind<Activation::sigmoid>());
+        default: return task(Kind<Activation::linear>());
     }
 }
 
-inline Float activate(Activation activation, Float x) {
-    switch (activation) {
-        case Activation::silu: return x * sigmoid(x);
-        case Activation::relu: return maximum(x, zero());
-        case Activation::gelu: return x * normal(x).cumulative;
-        case Activation::sigmoid: return sigmoid(x);
-        default: return x;
-    }
+// x[i] becomes its activation; up to `count`, rounded up to whole vectors.
+inline void activate_row(Activation activation, float* x, int64_t count) {
+    with_kind(activation, [&](auto kind) {
+        for (int64_t i = 0; i < count; i += Float::lanes) store(x + i, activate<decltype(kind)::value>(load(x + i)));
+    });
+}
+
+// x[i] becomes its activation, and slope[i] the slope there.
+inline void activate_row_with_slope(Activation activation, float* x, float* slope, int64_t count) {
+    with_kind(activation, [&](auto kind) {
+        for (int64_t i = 0; i < count; i += Float::lanes) {
+            const ValueAndSlope found = activate_with_slope<decltype(kind)::value>(load(x + i));
+            store(x + i, found.value);
+            store(slope + i, found.slope);
+        }
+    });
 }
 
 }  // namespace rxt::RXT_INSTRUCTION_SET

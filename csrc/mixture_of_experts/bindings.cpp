@@ -1,6 +1,8 @@
+#include <algorithm>
 #include <memory>
 #include <vector>
 
+#include "core/scratch.h"
 #include "core/tensor.h"
 #include "mixture_of_experts/kernels.h"
 
@@ -10,14 +12,8 @@ namespace rxt {
 
 namespace {
 
-using Scratch = std::unique_ptr<float[]>;
-
-Scratch scratch(int64_t count) { return Scratch(new float[count > 0 ? count : 1]); }
-
-// Rows that kernels read as float32: a copy unless they are.
-Scratch copy_of_rows(const Tensor& rows) {
-    return rows.dtype() == DType::float32 ? nullptr : scratch(rows.elements());
-}
+// Whether kernels need a copy of the rows in float32.
+bool is_narrow(const Tensor& rows) { return rows.dtype() != DType::float32; }
 
 Tensor float_tensor(const py::object& object, const char* name, std::initializer_list<int64_t> shape) {
     auto tensor = Tensor::from_torch(object, name);
@@ -65,12 +61,16 @@ void bind_route_forward(const py::object& x, const py::object& router_weight, bo
     const auto shares = float_tensor(weights, "weights", {tokens, top_k});
     const auto total = float_tensor(loss, "loss", {});
     const bool rounds_inputs = rounds && router.x.dtype() == DType::float32;
-    const auto inputs = rounds_inputs ? scratch(tokens * dim) : copy_of_rows(router.x);
-    const auto probabilities = scratch(tokens * experts), sums = scratch(tokens);
+    const bool copies = rounds_inputs || is_narrow(router.x);
+    Pieces pieces;
+    const int64_t inputs = pieces.add(copies ? tokens * dim : 0), probabilities = pieces.add(tokens * experts);
+    const int64_t sums = pieces.add(tokens);
+    float* scratch = Scratch::floats(pieces.total());
     const RouterForward arguments{
         router.x.dtype(), rounds_inputs, rounds, by_index, tokens, experts, top_k, dim, router.x.data(),
         router.x.stride(0), router.weight.data(), kept_logits.data_as<float>(), shares.data_as<float>(),
-        places.data_as<int64_t>(), total.data_as<float>(), inputs.get(), probabilities.get(), sums.get()};
+        places.data_as<int64_t>(), total.data_as<float>(), copies ? scratch + inputs : nullptr, scratch + probabilities,
+        scratch + sums};
     const auto kernel = RXT_KERNEL(route_forward);
     py::gil_scoped_release released;
     kernel(arguments);
@@ -102,12 +102,15 @@ void bind_route_backward(const py::object& x, const py::object& router_weight, b
     const auto of_weight = Tensor::from_torch(router_gradient, "router_gradient");
     of_weight.expect(dtype).expect_shape({experts, dim}).expect_contiguous();
     const bool rounds_inputs = rounds && dtype == DType::float32;
-    const auto inputs = rounds_inputs ? scratch(tokens * dim) : copy_of_rows(router.x);
-    const auto logits_gradient = scratch(tokens * experts);
+    const bool copies = rounds_inputs || is_narrow(router.x);
+    Pieces pieces;
+    const int64_t inputs = pieces.add(copies ? tokens * dim : 0), logits_gradient = pieces.add(tokens * experts);
+    float* scratch = Scratch::floats(pieces.total());
     const RouterBackward arguments{
         dtype, rounds_inputs, tokens, experts, places.size(1), dim, router.x.data(), router.x.stride(0),
         router.weight.data(), kept_logits.data_as<float>(), places.data_as<int64_t>(), incoming.data_as<float>(),
-        through_loss.data_as<float>(), outgoing.data(), of_weight.data(), inputs.get(), logits_gradient.get()};
+        through_loss.data_as<float>(), outgoing.data(), of_weight.data(), copies ? scratch + inputs : nullptr,
+        scratch + logits_gradient};
     const auto kernel = RXT_KERNEL(route_backward);
     py::gil_scoped_release released;
     kernel(arguments);
@@ -185,36 +188,74 @@ private:
     std::vector<Matrix> matrices_;
 };
 
-// Choices sorted by expert, and blocks of neighbours.
-struct GroupedChoices {
-    std::vector<int64_t> order, tokens, starts;
-    std::vector<RowBlock> blocks;
-    int64_t most_rows = 1;
-
-    GroupedChoices(const int64_t* chosen, int64_t choices, int64_t top_k, int64_t experts)
-        : order(choices), tokens(choices), starts(experts + 1) {
+// Choices sorted by expert, in rounds of neighbouring experts, and blocks of neighbours in each. `row` is how many floats are computed
+// for a place.
+class GroupedChoices {
+public:
+    GroupedChoices(const int64_t* chosen, int64_t choices, int64_t top_k, int64_t experts, int64_t row)
+        : order_(choices), tokens_(choices), starts_(experts + 1) {
         std::vector<int64_t> next(experts + 1);
-        for (int64_t i = 0; i < choices; ++i) ++starts[chosen[i] + 1];
-        for (int64_t e = 0; e < experts; ++e) next[e + 1] = starts[e + 1] += starts[e];
+        for (int64_t i = 0; i < choices; ++i) ++starts_[chosen[i] + 1];
+        for (int64_t e = 0; e < experts; ++e) next[e + 1] = starts_[e + 1] += starts_[e];
         for (int64_t i = 0; i < choices; ++i) {
             const int64_t place = next[chosen[i]]++;
-            order[place] = i;
-            tokens[place] = i / top_k;
+            order_[place] = i;
+            tokens_[place] = i / top_k;
         }
-        for (int64_t e = 0; e < experts; ++e) {
-            const int64_t first = starts[e], count = starts[e + 1] - first;
-            const int64_t parts = (count + most_block_rows - 1) / most_block_rows;
-            for (int64_t part = 0; part < parts; ++part) {
-                const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
-                blocks.push_back({e, first + begin, end - begin});
-                most_rows = end - begin > most_rows ? end - begin : most_rows;
-            }
+        const int64_t wanted = std::max<int64_t>(1, floats_of_round / std::max<int64_t>(1, row));
+        for (int64_t first = 0, last; first < experts; first = last) {
+            for (last = first + 1; last < experts && starts_[last + 1] - starts_[first] <= wanted;) ++last;
+            add_round(first, last);
+        }
+        const RowBlock* own = blocks_.data();
+        for (Round& round : rounds_) {
+            round.blocks = own;
+            own += round.block_count;
         }
     }
 
     Groups view() const {
-        return {order.data(), tokens.data(), starts.data(), blocks.data(), static_cast<int64_t>(blocks.size()), most_rows};
+        return {order_.data(), tokens_.data(), starts_.data(), rounds_.data(), static_cast<int64_t>(rounds_.size()), few_rows_};
     }
+
+    const std::vector<RowBlock>& blocks() const { return blocks_; }
+
+    int64_t most_places() const {
+        int64_t most = 0;
+        for (const Round& round : rounds_) most = std::max(most, round.places);
+        return most;
+    }
+
+private:
+    // 8 MiB, a part of a last-level cache.
+    static constexpr int64_t floats_of_round = int64_t{1} << 21;
+
+    void add_round(int64_t first, int64_t last) {
+        const std::size_t before = blocks_.size();
+        for (int64_t e = first; e < last; ++e) {
+            const int64_t count = starts_[e + 1] - starts_[e];
+            if (count < enough_rows_to_pack) continue;
+            const int64_t parts = (count + most_block_rows - 1) / most_block_rows;
+            for (int64_t part = 0; part < parts; ++part) {
+                const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
+                blocks_.push_back({e, starts_[e] + begin, end - begin});
+            }
+        }
+        const auto long_count = static_cast<int64_t>(blocks_.size() - before);
+        for (int64_t e = first; e < last; ++e) {
+            const int64_t count = starts_[e + 1] - starts_[e];
+            if (count == 0 || count >= enough_rows_to_pack) continue;
+            blocks_.push_back({e, starts_[e], count});
+            few_rows_ = std::max(few_rows_, count);
+        }
+        rounds_.push_back({first, last, starts_[first], starts_[last] - starts_[first], nullptr,
+                           static_cast<int64_t>(blocks_.size() - before), long_count});
+    }
+
+    std::vector<int64_t> order_, tokens_, starts_;
+    std::vector<RowBlock> blocks_;
+    std::vector<Round> rounds_;
+    int64_t few_rows_ = 1;
 };
 
 // What both passes take.
@@ -224,7 +265,6 @@ struct ExpertTensors {
     PerExpert first, second;
     std::unique_ptr<PerExpert> first_bias, second_bias;
     GroupedChoices groups;
-    Scratch inputs;
     Activation activation;
     bool gated, gate_first;
 
@@ -235,11 +275,12 @@ struct ExpertTensors {
           chosen(Tensor::from_torch(chosen_object, "chosen")), tokens(x.size(0)), dim(x.size(1)), top_k(checked_top_k()),
           experts(experts), width(gated ? 2 * hidden : hidden), hidden(hidden),
           first(w1, "w1", x.dtype(), experts, {width, dim}), second(w2, "w2", x.dtype(), experts, {dim, hidden}),
-          groups(checked_choices(), tokens * top_k, top_k, experts), inputs(copy_of_rows(x)),
-          activation(activation_named(activation_name)), gated(gated), gate_first(gate_first) {
+          groups(checked_choices(), tokens * top_k, top_k, experts, 2 * width + hidden),
+          activation(activation_named(activation_name)),
+          gated(gated), gate_first(gate_first) {
         if (!b1.is_none()) first_bias.reset(new PerExpert(b1, "b1", x.dtype(), experts, {width}));
         if (!b2.is_none()) second_bias.reset(new PerExpert(b2, "b2", x.dtype(), experts, {dim}));
-        for (const auto& block : groups.blocks) {
+        for (const auto& block : groups.blocks()) {
             const bool there = first.has(block.expert) && second.has(block.expert) &&
                                (!first_bias || first_bias->has(block.expert)) &&
                                (!second_bias || second_bias->has(block.expert));
@@ -247,11 +288,14 @@ struct ExpertTensors {
         }
     }
 
-    Experts view() const {
+    // Floats of scratch that `view` needs.
+    int64_t copied() const { return is_narrow(x) ? tokens * dim : 0; }
+
+    Experts view(float* inputs) const {
         return {x.dtype(), activation, gated, gate_first, tokens, top_k, experts, dim, hidden, x.data(), x.stride(0),
                 weights.data_as<float>(), groups.view(), first.matrices(), second.matrices(),
                 first_bias ? first_bias->addresses() : nullptr, second_bias ? second_bias->addresses() : nullptr,
-                inputs.get()};
+                copied() > 0 ? inputs : nullptr};
     }
 
 private:
@@ -284,9 +328,12 @@ void bind_experts_forward(const py::object& x, const py::object& weights, const 
     result.expect({DType::float32, tensors.x.dtype()}).expect_shape({tensors.tokens, tensors.dim}).expect_contiguous();
     std::optional<Tensor> kept;
     if (!before.is_none()) kept = float_tensor(before, "before", {choices, tensors.width});
-    const auto hidden_units = scratch(choices * hidden), results = scratch(choices * tensors.dim);
-    const ExpertsForward arguments{tensors.view(), result.dtype(), result.data(), kept ? kept->data_as<float>() : nullptr,
-                                   hidden_units.get(), results.get()};
+    Pieces pieces;
+    const int64_t inputs = pieces.add(tensors.copied()), units = pieces.add(tensors.groups.most_places() * hidden);
+    const int64_t results = pieces.add(choices * tensors.dim);
+    float* scratch = Scratch::floats(pieces.total());
+    const ExpertsForward arguments{tensors.view(scratch + inputs), result.dtype(), result.data(),
+                                   kept ? kept->data_as<float>() : nullptr, scratch + units, scratch + results};
     const auto kernel = RXT_KERNEL(experts_forward);
     py::gil_scoped_release released;
     kernel(arguments);
@@ -323,15 +370,19 @@ void bind_experts_backward(const py::object& gradient, const py::object& before,
     std::unique_ptr<PerExpert> of_first_bias, of_second_bias;
     if (!b1.is_none()) of_first_bias = gradients_like(b1_gradient, "b1_gradient", {width});
     if (!b2.is_none()) of_second_bias = gradients_like(b2_gradient, "b2_gradient", {dim});
-    const int64_t hidden_parts = (hidden + 31) / 32;
-    const auto gradients = copy_of_rows(incoming), hidden_units = scratch(choices * hidden);
-    const auto before_gradient = scratch(choices * width), x_parts = scratch(choices * dim);
-    const auto products = scratch(choices * hidden_parts);
+    const int64_t hidden_parts = (hidden + hidden_part - 1) / hidden_part;
+    const bool copies = is_narrow(incoming);
+    Pieces pieces;
+    const int64_t inputs = pieces.add(tensors.copied()), gradients = pieces.add(copies ? tokens * dim : 0);
+    const int64_t places = tensors.groups.most_places();
+    const int64_t units = pieces.add(places * hidden), before_gradient = pieces.add(places * width);
+    const int64_t x_parts = pieces.add(choices * dim), products = pieces.add(places * hidden_parts);
+    float* scratch = Scratch::floats(pieces.total());
     const ExpertsBackward arguments{
-        tensors.view(), kept.data_as<float>(), incoming.dtype(), incoming.data(), of_x.data(), of_weights.data_as<float>(),
+        tensors.view(scratch + inputs), kept.data_as<float>(), incoming.dtype(), incoming.data(), of_x.data(), of_weights.data_as<float>(),
         of_first->matrices(), of_second->matrices(), of_first_bias ? of_first_bias->addresses() : nullptr,
-        of_second_bias ? of_second_bias->addresses() : nullptr, gradients.get(), hidden_units.get(), before_gradient.get(),
-        x_parts.get(), products.get(), hidden_parts};
+        of_second_bias ? of_second_bias->addresses() : nullptr, copies ? scratch + gradients : nullptr,
+        scratch + units, scratch + before_gradient, scratch + x_parts, scratch + products, hidden_parts};
     const auto kernel = RXT_KERNEL(experts_backward);
     py::gil_scoped_release released;
     kernel(arguments);

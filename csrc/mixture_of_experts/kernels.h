@@ -53,15 +53,26 @@ struct RowBlock {
     int64_t expert, first, count;
 };
 
-constexpr int64_t most_block_rows = 48;
+// From so many rows on, packing an expert's weights costs less than it saves.
+constexpr int64_t enough_rows_to_pack = 24;
+// Longer blocks are divided, so that no task takes long.
+constexpr int64_t most_block_rows = 960;
+
+// Neighbouring experts that go through all stages of a pass before the next ones begin: as many as leave what they compute in a cache.
+struct Round {
+    int64_t first_expert, last_expert;
+    int64_t first_place, places;
+    const RowBlock* blocks;  // first those with enough rows to pack weights, then those with few rows
+    int64_t block_count, long_count;
+};
 
 struct Groups {
     const int64_t* order;   // choices, sorted by expert; those of an expert in their own order
     const int64_t* tokens;  // of the same choices
     const int64_t* starts;  // (experts + 1,)
-    const RowBlock* blocks;
-    int64_t block_count;
-    int64_t most_rows;  // of a block
+    const Round* rounds;
+    int64_t round_count;
+    int64_t few_rows;  // the most of a block that has few
 };
 
 struct Experts {
@@ -91,9 +102,12 @@ struct ExpertsForward {
     DType output_dtype;
     void* output;    // (tokens, dim)
     float* before;   // (choices, width) by place: what goes into the activation, kept for the backward pass; or null
-    float* hidden;   // scratch (choices, hidden) by place
+    float* hidden;   // scratch (places of a round, hidden)
     float* results;  // scratch (choices, dim)
 };
+
+// Hidden units whose share in the gradients of routing weights is summed together.
+constexpr int64_t hidden_part = 128;
 
 struct ExpertsBackward {
     Experts experts;
@@ -107,11 +121,11 @@ struct ExpertsBackward {
     void* const* first_bias_gradient;   // or null
     void* const* second_bias_gradient;  // or null
     float* gradients;        // scratch (tokens, dim), null where `gradient` can be used as it is
-    float* hidden;           // scratch (choices, hidden) by place
-    float* before_gradient;  // scratch (choices, width) by place
+    float* hidden;           // scratch (places of a round, hidden)
+    float* before_gradient;  // scratch (places of a round, width)
     float* x_parts;          // scratch (choices, dim)
-    float* products;         // scratch (choices, hidden_parts)
-    int64_t hidden_parts;    // at least hidden / 32 rounded up
+    float* products;         // scratch (places of a round, hidden_parts)
+    int64_t hidden_parts;    // hidden / hidden_part, rounded up
 };
 
 RXT_FOR_EVERY_SET(void route_forward(const RouterForward&); void route_backward(const RouterBackward&);

@@ -239,9 +239,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.lengths = (len(w1), len(w2), len(b1), len(b2))
     ctx.save_for_backward(output[1], x, weights, chosen, *w1, *w2, *b1, *b2)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else zeros are made for what the activations were given: as much memory again
 
 
-def _gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _gradients(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Any, ...]:
+    if gradient is None:
+        return (None,) * 12
     before, x, weights, chosen, *rest = ctx.saved_tensors
     x_gradient, weights_gradient, *others = _routed_experts_backward(
         gradient, before, x, weights, chosen, *_lists(rest, ctx.lengths), *ctx.options

@@ -142,9 +142,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     x, weights, order, starts, w1, w2, b1, b2, ctx.activation, ctx.gated, _ = inputs
     ctx.save_for_backward(output[1], output[2], x, weights, order, starts, w1, w2, b1, b2)
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)  # else zeros are made for both: as much memory again
 
 
-def _gradients(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _gradients(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if gradient is None:
+        return (None,) * 11
     found = _routed_experts_backward(gradient, *ctx.saved_tensors, ctx.activation, ctx.gated)
     rest = iter(found[4:])
     biases = [None if bias is None else next(rest) for bias in ctx.saved_tensors[-2:]]
