@@ -17,7 +17,7 @@ import pytest
 from rxt_kernels import native_runtime
 
 SETS = ("avx2", "avx512", "avx512_bf16")
-MULTIPLY_ADD = re.compile(r"\bvfn?madd\d+ps\b")
+MULTIPLY_ADD = re.compile(r"\b(vfn?madd\d+|vdpbf16)ps\b")
 STORE_TO_STACK = re.compile(r"\bvmov\w+\s+%[yz]mm\d+,-?(0x)?[0-9a-f]*\(%r[sb]p")
 JUMP = re.compile(r"\tj\w+\s+([0-9a-f]+)")
 
@@ -69,7 +69,8 @@ def test_products_keep_their_sums_in_registers() -> None:
     program = subprocess.run(
         ["objdump", "-d", "-C", "--no-show-raw-insn", extension], capture_output=True, text=True, check=True
     ).stdout
-    product = re.compile(rf"rxt::({'|'.join(SETS)})::(detail::sums_of_tile<|detail::stream_tile<|multiply<float,)")
+    names = ("detail::sums_of_tile<", "detail::stream_tile<", "detail::pairs_tile<", "multiply<float,", "multiply_pairs<")
+    product = re.compile(rf"rxt::({'|'.join(SETS)})::({'|'.join(names)})")
     seen: dict[str, int] = dict.fromkeys(SETS, 0)
     for name, lines in functions(program):
         if (found := product.search(name)) is None:

@@ -269,11 +269,13 @@ inline void attention_stage(const Step& step, const Team& team, const Attention&
     const int64_t width = step.model->width;
     const float* normed = normed_rows(step, team, attention.norm);
     const Rows rows = rows_for(attention.input, step.work, team, normed, width, step.count);
-    // By turns, since keys and values, which stand behind the queries, have a longer way to their places.
+    // By turns, at least two each: keys and values, which stand behind the queries, have a longer way to their places.
     const int64_t panels = attention.input.panels();
-    for (int64_t first = team.thread * stream_panels; first < panels; first += team.threads * stream_panels)
-        project(attention.input, {first, panels - first < stream_panels ? panels : first + stream_panels}, step.count, rows,
-                in_order, [&](const Sums& sums) { place_heads<Stored>(step, attention, cache, sums); });
+    int64_t turn = stream_panels;
+    while (turn > 1 && panels < 2 * turn * team.threads) turn /= 2;
+    for (int64_t first = team.thread * turn; first < panels; first += team.threads * turn)
+        project(attention.input, {first, panels - first < turn ? panels : first + turn}, step.count, rows, in_order,
+                [&](const Sums& sums) { place_heads<Stored>(step, attention, cache, sums); });
     team.wait();
     if (cache != nullptr) {
         attend_to_cache<Stored>(step, team, attention, *cache);

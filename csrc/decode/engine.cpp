@@ -86,7 +86,7 @@ PackedMatrix Engine::matrix(const py::handle& object, const char* name, int64_t 
     data.expect_shape({packed_elements(data.dtype(), result.outputs, result.inputs)});
     result.dtype = data.dtype();
     result.data = data.data();
-    if (result.dtype == DType::int8) work_.rounded_width = at_least(work_.rounded_width, whole_panels(inputs));
+    if (result.dtype != DType::float32) work_.rounded_width = at_least(work_.rounded_width, whole_panels(inputs));
     result.scales = floats(parts[1], "scales", whole_panels(result.outputs));
     if ((result.scales != nullptr) != (result.dtype == DType::int8)) {
         throw py::value_error(std::string(name) + " has scales where it is int8, and only there.");

@@ -42,7 +42,7 @@ struct Workspace {
     float* thread = nullptr;  // (threads, thread_size)
     int64_t thread_size = 0;
     int64_t score_size = 0;  // of thread_size, for the scores of attention
-    int16_t* rounded = nullptr;  // (threads, rounded_rows, rounded_width): rows that meet weights of 8 bits; else null
+    int16_t* rounded = nullptr;  // (threads, rounded_rows, rounded_width): rows that meet weights of 8 or 16 bits; else null
     float* rounded_scales = nullptr;  // (threads, rounded_rows)
     int64_t rounded_rows = 0, rounded_width = 0;
 };

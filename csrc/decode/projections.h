@@ -2,7 +2,7 @@
 #pragma once
 
 #include "decode/norms.h"
-#include "matmul/bytes.h"
+#include "matmul/stream_pairs.h"
 
 namespace rxt::RXT_INSTRUCTION_SET {
 
@@ -18,7 +18,8 @@ inline void add_bias(const PackedMatrix& matrix, const Sums& sums) {
             store(sums.row(r) + i, load(sums.row(r) + i) + load(matrix.bias + sums.first_output() + i));
 }
 
-// Rows of activations, and the same rounded, which weights of 8 bits are multiplied with.
+// Rows of activations, and the same rounded, which weights of 8 bits are multiplied with, and those of bfloat16 where there are
+// products of bfloat16.
 struct Rows {
     const float* values;
     int64_t stride;
@@ -33,10 +34,15 @@ inline Rows rows_at(const Workspace& work, const Team& team, const float* values
 
 // Rounds rows [first, last), if products with this matrix need that.
 inline void round_for(const PackedMatrix& matrix, const Rows& rows, int64_t first, int64_t last) {
-    if (matrix.dtype != DType::int8) return;
-    for (int64_t row = first; row < last; ++row)
-        round_row(rows.values + row * rows.stride, matrix.inputs, rows.rounded.values + row * rows.rounded.stride,
-                  rows.rounded.scales + row);
+    const auto from = [&](int64_t row) { return rows.values + row * rows.stride; };
+    const auto to = [&](int64_t row) { return rows.rounded.values + row * rows.rounded.stride; };
+    if (matrix.dtype == DType::int8)
+        for (int64_t row = first; row < last; ++row) round_row(from(row), matrix.inputs, to(row), rows.rounded.scales + row);
+#if RXT_HAS_BFLOAT16_DOT
+    if (matrix.dtype == DType::bfloat16)
+        for (int64_t row = first; row < last; ++row)
+            round_row_to_bfloat16(from(row), matrix.inputs, reinterpret_cast<BFloat16*>(to(row)));
+#endif
 }
 
 // The first `count` rows, for products with this matrix and those that have its type and inputs.
@@ -61,7 +67,11 @@ inline void project(const PackedMatrix& matrix, Range panels, int64_t count, con
     if (matrix.dtype == DType::float32) {
         stream(count, row, panels_of<float>(matrix), panels.first, panels.last, finish);
     } else if (matrix.dtype == DType::bfloat16) {
+#if RXT_HAS_BFLOAT16_DOT
+        stream_pairs(count, rows.rounded, place, panels_of<BFloat16>(matrix), panels.first, panels.last, finish);
+#else
         stream(count, row, panels_of<BFloat16>(matrix), panels.first, panels.last, finish);
+#endif
     } else {
         stream_bytes(count, rows.rounded, place, panels_of<int8_t>(matrix), panels.first, panels.last, finish);
     }

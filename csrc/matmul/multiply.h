@@ -51,12 +51,6 @@ constexpr int chain_count() {
     return sums >= 8 ? 1 : sums >= 4 ? 2 : 4;
 }
 
-// Where the sums of a tile go: row r of panel p begins at `at` + r * row + p * panel.
-struct Target {
-    float* at;
-    int64_t row, panel;
-};
-
 template <int rows, int panels, class Weight>
 inline void sums_of_tile(const float* const* a, int64_t stride, const Weight* const* weights, int64_t inputs, const Target& out) {
     constexpr int chains = chain_count<rows, panels>(), width = inputs_per_step<Weight>;

@@ -1,9 +1,15 @@
-// One step of a tile of sums, which products of many rows and of few have in common.
+// One step of a tile of sums, and where they go, which products of many rows and of few have in common.
 #pragma once
 
 #include "matmul/weights.h"
 
 namespace rxt::RXT_INSTRUCTION_SET::detail {
+
+// Where the sums of a tile go: row r of panel p begins at `at` + r * row + p * panel.
+struct Target {
+    float* at;
+    int64_t row, panel;
+};
 
 // sum[r][p] += the weights of a step at weights(p) times the inputs a(r, i), for the first `present` of the step's inputs.
 //

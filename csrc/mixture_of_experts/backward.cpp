@@ -95,10 +95,10 @@ void matrix_gradients(const Experts& e, const Round& round, const Matrix* target
         const auto out = [&](int64_t k) { return outgoing(first + k); };
         const auto in = [&](int64_t k) { return incoming(first + k); };
         if (by_input) {
-            multiply_outer([&](int64_t k) { return in(k) + row; }, rows, [&](int64_t k) { return out(k) + column; }, tokens,
+            multiply_outer<Element>([&](int64_t k) { return in(k) + row; }, rows, [&](int64_t k) { return out(k) + column; }, tokens,
                            columns, finish);
         } else {
-            multiply_outer([&](int64_t k) { return out(k) + row; }, rows, [&](int64_t k) { return in(k) + column; }, tokens,
+            multiply_outer<Element>([&](int64_t k) { return out(k) + row; }, rows, [&](int64_t k) { return in(k) + column; }, tokens,
                            columns, finish);
         }
     });
