@@ -50,8 +50,8 @@ CHECKED = 4
 BEGINNING = 2
 """Steps at the beginning of a round that are not counted: they find the caches as the system before left them, and within an
 answer every token comes right behind another."""
-STEPS = 6
-"""Steps of a round that are counted."""
+STEPS = 20
+"""Steps of a round that are counted: with the beginning an answer of the mean length of real dialogue."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -160,6 +160,7 @@ def _available_gigabytes() -> float | None:
 
 def _case(models: Models, rows: int, slots: int, threads: int, options: Options) -> Case:
     length = PROMPT + CHECKED + (BEGINNING + STEPS) * (options.repeats + 1)
+    length = min(length, models.full.decoder.config.seq_len)  # a round that would go beyond it begins behind the prompt again
     tokens, memory = models.tokens(rows, length), models.memory(rows, slots)
     end = PROMPT + CHECKED
     expected, chosen = definition(models.full.decoder, tokens[:, :end], memory, PROMPT - 1)

@@ -75,7 +75,7 @@ namespace detail {
 
 // How weights of some type are packed and met by a tile of rows: in fp32, both.
 template <class Element>
-struct PackedProduct {
+struct PanelProduct {
     using Packed = float;
     static int64_t panel_elements(int64_t inputs) { return inputs * panel_width; }
     // Floats of scratch for one tile of rows.
@@ -128,7 +128,7 @@ inline void pack_pairs(const Matrix& weight, int64_t first, int64_t outputs, BFl
 }
 
 template <>
-struct PackedProduct<BFloat16> {
+struct PanelProduct<BFloat16> {
     using Packed = BFloat16;
     static int64_t even(int64_t inputs) { return (inputs + 1) / 2 * 2; }
     static int64_t panel_elements(int64_t inputs) { return even(inputs) * panel_width; }
@@ -171,7 +171,7 @@ template <int most_pairs, class Element, class RowAddress, class PairAt, class E
 inline void multiply_pairs(const RowAddress& row, int64_t rows, const Matrix& weight, int pairs, const PairAt& pair_at,
                            Epilogue&& epilogue) {
     static_assert(tile_panels <= 2, "a pair is one tile wide, or two");
-    using Product = detail::PackedProduct<Element>;
+    using Product = detail::PanelProduct<Element>;
     using Packed = typename Product::Packed;
     constexpr int64_t stride = 2 * most_pairs * panel_width;
     const int64_t inputs = weight.inputs, elements = Product::panel_elements(inputs);
@@ -212,7 +212,7 @@ namespace detail {
 
 // How rows and columns of an outer product are packed, `inputs` of them one behind the other, and multiplied: in fp32.
 template <class Element>
-struct PackedOuter {
+struct OuterProduct {
     using Packed = float;
     static int64_t padded(int64_t inputs) { return inputs; }
 
@@ -248,7 +248,7 @@ struct PackedOuter {
 
 // The same in pairs of inputs, rounded to bfloat16.
 template <>
-struct PackedOuter<BFloat16> {
+struct OuterProduct<BFloat16> {
     using Packed = BFloat16;
     static int64_t padded(int64_t inputs) { return (inputs + 1) / 2 * 2; }
 
@@ -300,7 +300,7 @@ struct PackedOuter<BFloat16> {
 template <class Element, class Left, class Right, class Finish>
 inline void multiply_outer(const Left& left, int rows, const Right& right, int64_t inputs, int64_t columns, Finish&& finish) {
     constexpr int64_t enough_inputs_to_pack = 24, group = 512;
-    using Outer = detail::PackedOuter<Element>;
+    using Outer = detail::OuterProduct<Element>;
     using Packed = typename Outer::Packed;
     const int64_t stride = padded_columns(columns), most = Outer::padded(detail::at_most(inputs, group));
     const int64_t padded_rows = (rows + tile_rows - 1) / tile_rows * tile_rows;
