@@ -161,6 +161,8 @@ static inline __m512i srli_epi32(__m512i a, int count) {
     return each_integer([&](int i) { return static_cast<int32_t>(x.at[i] >> count); });
 }
 static inline __m512i and_si512(__m512i a, __m512i b) { return a & b; }
+static inline __m512i or_si512(__m512i a, __m512i b) { return a | b; }
+static inline void store_register(void* target, __m512i x) { std::memcpy(target, &x, sizeof x); }
 static inline __m512i add_epi32(__m512i a, __m512i b) {
     const auto x = lanes<uint32_t>(a), y = lanes<uint32_t>(b);
     return each_integer([&](int i) { return static_cast<int32_t>(x.at[i] + y.at[i]); });
@@ -226,6 +228,7 @@ static inline __m512 dpbf16_ps(__m512 c, Pairs a, Pairs b) {
 #define _mm512_set1_epi32(x) ::rxt::emulated::set1_epi32(x)
 #define _mm512_loadu_ps(source) ::rxt::emulated::load_register<__m512>(source)
 #define _mm512_loadu_si512(source) ::rxt::emulated::load_register<__m512i>(source)
+#define _mm512_storeu_si512(target, x) ::rxt::emulated::store_register(target, x)
 #define _mm512_maskz_loadu_ps(mask, source) ::rxt::emulated::maskz_loadu_ps(mask, source)
 #define _mm512_storeu_ps(target, x) ::rxt::emulated::storeu_ps(target, x)
 #define _mm512_mask_storeu_ps(target, mask, x) ::rxt::emulated::mask_storeu_ps(target, mask, x)
@@ -248,6 +251,7 @@ static inline __m512 dpbf16_ps(__m512 c, Pairs a, Pairs b) {
 #define _mm512_slli_epi32(a, count) ::rxt::emulated::slli_epi32(a, count)
 #define _mm512_srli_epi32(a, count) ::rxt::emulated::srli_epi32(a, count)
 #define _mm512_and_si512(a, b) ::rxt::emulated::and_si512(a, b)
+#define _mm512_or_si512(a, b) ::rxt::emulated::or_si512(a, b)
 #define _mm512_add_epi32(a, b) ::rxt::emulated::add_epi32(a, b)
 #define _mm512_cvtepu16_epi32(a) ::rxt::emulated::cvtepu16_epi32(a)
 #define _mm512_cvtepi8_epi16(a) ::rxt::emulated::cvtepi8_epi16(a)
