@@ -35,8 +35,8 @@ __all__ = ["add_arguments", "loss_of", "main", "run"]
 NAME = "train"
 LOAD_BALANCE = 0.01
 BEGINNING = 1
-"""Steps at the beginning of a round that are not counted: they find caches and the allocator's memory as the system before left them,
-and in a training every step comes right behind another."""
+"""Steps at the beginning of a round that are not counted: they find caches and the allocator's memory as the system before
+left them, and in a training every step comes right behind another."""
 STEPS = 2
 """Steps of a round that are counted."""
 LEARNING_RATE = 1e-6  # of no matter for the time, and small enough that rounds stay alike
