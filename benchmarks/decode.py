@@ -160,7 +160,9 @@ def _available_gigabytes() -> float | None:
 
 def _case(models: Models, rows: int, slots: int, threads: int, options: Options) -> Case:
     length = PROMPT + CHECKED + (BEGINNING + STEPS) * (options.repeats + 1)
-    length = min(length, models.full.decoder.config.seq_len)  # a round that would go beyond it begins behind the prompt again
+    length = min(
+        length, models.full.decoder.config.seq_len
+    )  # a round that would go beyond it begins behind the prompt again
     tokens, memory = models.tokens(rows, length), models.memory(rows, slots)
     end = PROMPT + CHECKED
     expected, chosen = definition(models.full.decoder, tokens[:, :end], memory, PROMPT - 1)

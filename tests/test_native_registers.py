@@ -69,7 +69,13 @@ def test_products_keep_their_sums_in_registers() -> None:
     program = subprocess.run(
         ["objdump", "-d", "-C", "--no-show-raw-insn", extension], capture_output=True, text=True, check=True
     ).stdout
-    names = ("detail::sums_of_tile<", "detail::stream_tile<", "detail::pairs_tile<", "multiply<float,", "multiply_pairs<")
+    names = (
+        "detail::sums_of_tile<",
+        "detail::stream_tile<",
+        "detail::pairs_tile<",
+        "multiply<float,",
+        "multiply_pairs<",
+    )
     product = re.compile(rf"rxt::({'|'.join(SETS)})::({'|'.join(names)})")
     seen: dict[str, int] = dict.fromkeys(SETS, 0)
     for name, lines in functions(program):
