@@ -4,6 +4,7 @@
 
 #include "decode/key_value.h"
 #include "decode/rotation.h"
+#include "matmul/pairs.h"
 
 namespace rxt::RXT_INSTRUCTION_SET {
 
@@ -11,6 +12,35 @@ template <int number>
 struct Count {
     static constexpr int value = number;
 };
+
+// exp(s / sqrt(dim)) = 2^(s log2(e) / sqrt(dim)): with this factor, scores are exponents of two.
+inline float exponent_of_two(int64_t dim) { return 1.44269504f / __builtin_sqrtf(static_cast<float>(dim)); }
+
+// Where the processor multiplies pairs of bfloat16, queries of a cache of them are rounded and scaled after their products; otherwise
+// they are scaled before.
+template <class Stored>
+constexpr bool in_pairs = RXT_HAS_BFLOAT16_DOT && sizeof(Stored) == sizeof(BFloat16);
+template <bool rounded>
+struct QueryElement {
+    using Type = float;
+};
+template <>
+struct QueryElement<true> {
+    using Type = BFloat16;
+};
+
+template <class Stored>
+inline auto* query_of(const Workspace& work, int64_t token, int64_t head, int64_t dim) {
+    using Element = typename QueryElement<in_pairs<Stored>>::Type;
+    const int64_t size = sizeof(Element) == sizeof(float) ? dim : dim + dim % 2;
+    return reinterpret_cast<Element*>(work.queries + token * work.attention_width) + head * size;
+}
+
+inline void set_query(float* query, int64_t d, int64_t dim, float x) { query[d] = x * exponent_of_two(dim); }
+inline void set_query(BFloat16* query, int64_t d, int64_t dim, float x) {
+    query[d] = to_bfloat16(x);
+    if (d == dim - 1 && dim % 2 != 0) query[dim] = BFloat16{0};
+}
 
 // Queries, keys and values of one projection where they belong: queries rotated and scaled in scratch, keys rotated and values in the
 // cache, gates in scratch. With `cache` null there are no keys and values: the memory has its own.
@@ -20,8 +50,6 @@ inline void place_heads(const Step& step, const Attention& attention, const KeyV
     const int64_t dim = attention.head_dim, own = cache != nullptr ? attention.key_value_heads * dim : 0;
     const int64_t ends[] = {attention.query_heads * dim, attention.query_heads * dim + own,
                             attention.query_heads * dim + 2 * own, attention.input.outputs};
-    // exp(s / sqrt(dim)) = 2^(s log2(e) / sqrt(dim)): the scores come out of the product as exponents of two.
-    const float scale = 1.44269504f / __builtin_sqrtf(static_cast<float>(dim));
     const int64_t first = sums.first_output(), last_of_sums = first + sums.panels * panel_width;
     int64_t begin = 0;
     for (int part = 0; part < 4; begin = ends[part++]) {
@@ -32,9 +60,9 @@ inline void place_heads(const Step& step, const Attention& attention, const KeyV
             const int64_t t = sums.first_row + r;
             const float* values = sums.row(r) + from - first;
             if (part == 0) {
-                float* queries = work.queries + t * work.attention_width;
-                rotate(step, t, values, from, to - from, dim,
-                       [&](int64_t head, int64_t d, float x) { queries[head * dim + d] = x * scale; });
+                rotate(step, t, values, from, to - from, dim, [&](int64_t head, int64_t d, float x) {
+                    set_query(query_of<Stored>(work, t, head, dim), d, dim, x);
+                });
             } else if (part == 1) {
                 rotate(step, t, values, from - begin, to - from, dim, [&](int64_t head, int64_t d, float x) {
                     HeadOfCache<Stored>(*cache, step.rows[t], head).set_key(step.positions[t], d, x);
@@ -108,13 +136,13 @@ inline float weigh_tokens(float* scores, int64_t own, int64_t count) {
     const Float shift = broadcast(highest);
     Float total = zero();
     for (int64_t i = 0; i < whole; i += Float::lanes) {
-        const Float weight = exp2_to_one(load(scores + i) - shift);
+        const Float weight = exp2_of_negative(load(scores + i) - shift);
         store(scores + i, weight);
         total = total + weight;
     }
     if (whole < own) {
         const int rest = static_cast<int>(own - whole);
-        store_part(scores + whole, exp2_to_one(load_part(scores + whole, rest) - shift), rest);
+        store_part(scores + whole, exp2_of_negative(load_part(scores + whole, rest) - shift), rest);
         total = total + load_part(scores + whole, rest);
     }
     for (int64_t i = own; i < count; ++i) scores[i] = 0.0f;
@@ -165,6 +193,76 @@ inline void mix_values(const float* const* weights, const Stored* values, int64_
         }
 }
 
+#if RXT_HAS_BFLOAT16_DOT
+
+// As score_tokens, for queries that are rounded to pairs of bfloat16; the rows of scores are `stride` apart.
+template <int rows>
+inline void score_tokens(const BFloat16* const* queries, const HeadOfCache<BFloat16>& cached, int64_t dim, int64_t panels,
+                         float* scores, int64_t stride) {
+    constexpr int beside = detail::panels_beside(rows);
+    int64_t panel = 0;
+    const auto tiles = [&](auto count) {
+        constexpr int own = decltype(count)::value;
+        for (; panel + own <= panels; panel += own) {
+            detail::pairs_tile<rows, own>(queries, 2, cached.keys + panel * cached.key_panel, cached.key_panel, dim,
+                                          {scores + panel * panel_width, stride, panel_width});
+        }
+    };
+    tiles(Count<beside>());
+    tiles(Count<1>());
+}
+
+// As weigh_tokens, for scores of whole panels that are still to be scaled. Weights, in pairs, take the place of the scores.
+inline float weigh_tokens(float* scores, int64_t own, int64_t panels, float scale, Pair* weights) {
+    static_assert(panel_width == Float::lanes, "a panel's scores are one register");
+    for (int64_t i = own; i < panels * panel_width; ++i) scores[i] = -__builtin_inff();
+    Float top = load(scores);
+    for (int64_t p = 1; p < panels; ++p) top = maximum(top, load(scores + p * panel_width));
+    const Float factor = broadcast(scale), shift = broadcast(-largest(top) * scale);
+    Float total = zero();
+    for (int64_t p = 0; p < panels; p += 2) {
+        const auto weight = [&](int64_t panel) {
+            if (panel == panels) return zero();
+            return exp2_of_negative<true>(multiply_add(load(scores + panel * panel_width), factor, shift));
+        };
+        const Float low = weight(p), high = weight(p + 1);
+        store_pairs(weights + p / 2 * panel_width, low, high);
+        total = total + (low + high);
+    }
+    return 1.0f / sum(total);
+}
+
+// As mix_values, for weights in pairs.
+template <int rows>
+inline void mix_values(const Pair* const* weights, const BFloat16* values, int64_t tokens, float (*out)[panel_width]) {
+    Float sum[attention_chains][rows];
+    RXT_UNROLL
+    for (int c = 0; c < attention_chains; ++c)
+        RXT_UNROLL
+        for (int r = 0; r < rows; ++r) sum[c][r] = zero();
+    const int64_t whole = tokens / 2;
+    int64_t t = 0;
+    const auto add = [&](int64_t step, int chain, Pairs value) __attribute__((always_inline)) {
+        RXT_UNROLL
+        for (int r = 0; r < rows; ++r) sum[chain][r] = multiply_add(broadcast(weights[r][step]), value, sum[chain][r]);
+    };
+    for (; t + attention_chains <= whole; t += attention_chains) {
+        RXT_UNROLL
+        for (int c = 0; c < attention_chains; ++c) add(t + c, c, load_pairs(values + 2 * (t + c) * panel_width));
+    }
+    for (; t < whole; ++t) add(t, 0, load_pairs(values + 2 * t * panel_width));
+    if (tokens % 2 != 0) add(whole, 0, first_of_pairs(load_pairs(values + 2 * whole * panel_width)));
+    RXT_UNROLL
+    for (int r = 0; r < rows; ++r) {
+        Float total = sum[0][r];
+        RXT_UNROLL
+        for (int c = 1; c < attention_chains; ++c) total = total + sum[c][r];
+        store(out[r], total);
+    }
+}
+
+#endif
+
 // Rows [row, row + rows) of the task: a row is a token and one of the queries that share a key.
 template <int rows, class Stored, class Seen>
 __attribute__((noinline)) void attend_rows(const Step& step, const Attention& attention, const HeadOfCache<Stored>& cached,
@@ -172,33 +270,52 @@ __attribute__((noinline)) void attend_rows(const Step& step, const Attention& at
     const Workspace& work = step.work;
     const int64_t dim = attention.head_dim, group = attention.queries_per_key();
     const int64_t most = seen(first + (row + rows - 1) / group), panels = panel_count(most), padded = panels * panel_width;
-    const float* queries[rows];
-    float* weights[rows];
+    const auto token = [&](int r) { return first + (row + r) / group; };
+    const auto query = [&](int r) {
+        return query_of<Stored>(work, token(r), attention.query_head(head, (row + r) % group), dim);
+    };
+    decltype(query(0)) queries[rows];
     RXT_UNROLL
-    for (int r = 0; r < rows; ++r) {
-        const int64_t t = first + (row + r) / group;
-        queries[r] = work.queries + t * work.attention_width + attention.query_head(head, (row + r) % group) * dim;
-        weights[r] = scores + r * padded;
-    }
-    score_tokens<rows>(queries, cached, dim, panels, weights);
+    for (int r = 0; r < rows; ++r) queries[r] = query(r);
     float inverse[rows];
-    RXT_UNROLL
-    for (int r = 0; r < rows; ++r) inverse[r] = weigh_tokens(weights[r], seen(first + (row + r) / group), most);
-    for (int64_t panel = 0; panel < panel_count(dim); ++panel) {
-        const int64_t from = panel * panel_width, width = dim - from < panel_width ? dim - from : panel_width;
-        alignas(64) float mixed[rows][panel_width];
-        mix_values<rows>(weights, cached.values + panel * cached.value_panel, most, mixed);
-        RXT_UNROLL
-        for (int r = 0; r < rows; ++r) {
-            const int64_t t = first + (row + r) / group;
-            const int64_t place = t * work.attention_width + (head * group + (row + r) % group) * dim + from;
-            for (int64_t i = 0; i < width; i += Float::lanes) {
-                Float result = load(mixed[r] + i) * broadcast(inverse[r]);
-                if (attention.gated)
-                    result = result * activated(step.model->gate_activation, load_up_to(work.gates + place + i, width - i));
-                store_up_to(work.heads + place + i, result, width - i);
+    const auto write = [&](const auto& mix) __attribute__((always_inline)) {
+        for (int64_t panel = 0; panel < panel_count(dim); ++panel) {
+            const int64_t from = panel * panel_width, width = dim - from < panel_width ? dim - from : panel_width;
+            alignas(64) float mixed[rows][panel_width];
+            mix(cached.values + panel * cached.value_panel, mixed);
+            RXT_UNROLL
+            for (int r = 0; r < rows; ++r) {
+                const int64_t place = token(r) * work.attention_width + (head * group + (row + r) % group) * dim + from;
+                for (int64_t i = 0; i < width; i += Float::lanes) {
+                    Float result = load(mixed[r] + i) * broadcast(inverse[r]);
+                    if (attention.gated)
+                        result = result * activated(step.model->gate_activation, load_up_to(work.gates + place + i, width - i));
+                    store_up_to(work.heads + place + i, result, width - i);
+                }
             }
         }
+    };
+#if RXT_HAS_BFLOAT16_DOT
+    if constexpr (in_pairs<Stored>) {
+        const Pair* weights[rows];
+        score_tokens<rows>(queries, cached, dim, panels, scores, padded);
+        RXT_UNROLL
+        for (int r = 0; r < rows; ++r) {
+            auto* own = reinterpret_cast<Pair*>(scores + r * padded);
+            inverse[r] = weigh_tokens(scores + r * padded, seen(token(r)), panels, exponent_of_two(dim), own);
+            weights[r] = own;
+        }
+        return write([&](const Stored* values, float (*mixed)[panel_width]) { mix_values<rows>(weights, values, most, mixed); });
+    } else
+#endif
+    {
+        float* weights[rows];
+        RXT_UNROLL
+        for (int r = 0; r < rows; ++r) weights[r] = scores + r * padded;
+        score_tokens<rows>(queries, cached, dim, panels, weights);
+        RXT_UNROLL
+        for (int r = 0; r < rows; ++r) inverse[r] = weigh_tokens(weights[r], seen(token(r)), most);
+        write([&](const Stored* values, float (*mixed)[panel_width]) { mix_values<rows>(weights, values, most, mixed); });
     }
 }
 

@@ -3,8 +3,6 @@
 // activations of a model in bfloat16.
 #pragma once
 
-#include <cstring>
-
 #include "matmul/step.h"
 
 namespace rxt::RXT_INSTRUCTION_SET {
@@ -19,14 +17,6 @@ inline void round_row_to_bfloat16(const float* row, int64_t inputs, BFloat16* va
 
 namespace detail {
 
-inline __m512bh pairs_at(const BFloat16* weights) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(weights)); }
-
-inline __m512bh pair_everywhere(const BFloat16* values) {
-    int32_t pair;
-    std::memcpy(&pair, values, sizeof pair);
-    return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
-}
-
 // Inputs 2 k and 2 k + 1 of row r lie at a[r] + k * stride.
 template <int rows, int panels>
 __attribute__((noinline)) void pairs_tile(const BFloat16* const* a, int64_t stride, const BFloat16* weights, int64_t distance,
@@ -40,24 +30,24 @@ __attribute__((noinline)) void pairs_tile(const BFloat16* const* a, int64_t stri
     const int64_t pairs = (inputs + 1) / 2;
     for (int64_t k = 0; k < pairs; ++k) {
         if constexpr (panels <= rows) {
-            __m512bh w[panels];
+            Pairs w[panels];
             RXT_UNROLL
-            for (int p = 0; p < panels; ++p) w[p] = pairs_at(weights + p * distance + 2 * k * panel_width);
+            for (int p = 0; p < panels; ++p) w[p] = load_pairs(weights + p * distance + 2 * k * panel_width);
             RXT_UNROLL
             for (int r = 0; r < rows; ++r) {
-                const __m512bh x = pair_everywhere(a[r] + k * stride);
+                const Pairs x = broadcast(pair_at(a[r] + k * stride));
                 RXT_UNROLL
-                for (int p = 0; p < panels; ++p) sum[r][p].value = _mm512_dpbf16_ps(sum[r][p].value, x, w[p]);
+                for (int p = 0; p < panels; ++p) sum[r][p] = multiply_add(x, w[p], sum[r][p]);
             }
         } else {
-            __m512bh x[rows];
+            Pairs x[rows];
             RXT_UNROLL
-            for (int r = 0; r < rows; ++r) x[r] = pair_everywhere(a[r] + k * stride);
+            for (int r = 0; r < rows; ++r) x[r] = broadcast(pair_at(a[r] + k * stride));
             RXT_UNROLL
             for (int p = 0; p < panels; ++p) {
-                const __m512bh w = pairs_at(weights + p * distance + 2 * k * panel_width);
+                const Pairs w = load_pairs(weights + p * distance + 2 * k * panel_width);
                 RXT_UNROLL
-                for (int r = 0; r < rows; ++r) sum[r][p].value = _mm512_dpbf16_ps(sum[r][p].value, x[r], w);
+                for (int r = 0; r < rows; ++r) sum[r][p] = multiply_add(x[r], w, sum[r][p]);
             }
         }
     }

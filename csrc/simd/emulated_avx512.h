@@ -210,6 +210,16 @@ static inline __m256i cvtneps_pbh(__m512 a) {
     }
     return join<__m256i>(out);
 }
+// Those of `low`, then those of `high`.
+static inline __m512i cvtne2ps_pbh(__m512 high, __m512 low) {
+    const auto first = lanes<uint16_t>(cvtneps_pbh(low)), second = lanes<uint16_t>(cvtneps_pbh(high));
+    Lanes<uint16_t, 32> out;
+    for (int i = 0; i < 16; ++i) {
+        out.at[i] = first.at[i];
+        out.at[16 + i] = second.at[i];
+    }
+    return join<__m512i>(out);
+}
 // c + a.even * b.even + a.odd * b.odd; the odd product first, as the instruction adds them.
 template <class Pairs>
 static inline __m512 dpbf16_ps(__m512 c, Pairs a, Pairs b) {
@@ -263,4 +273,5 @@ static inline __m512 dpbf16_ps(__m512 c, Pairs a, Pairs b) {
 #define _mm512_castps_si512(a) reinterpret_cast<__m512i>(a)
 #define _mm512_castsi512_ps(a) reinterpret_cast<__m512>(a)
 #define _mm512_cvtneps_pbh(a) ::rxt::emulated::cvtneps_pbh(a)
+#define _mm512_cvtne2ps_pbh(high, low) ::rxt::emulated::cvtne2ps_pbh(high, low)
 #define _mm512_dpbf16_ps(c, a, b) ::rxt::emulated::dpbf16_ps(c, a, b)

@@ -53,20 +53,50 @@ inline Float exp2(Float x) {
     return where_less(x, broadcast(-126.0f), zero(), where_less(broadcast(127.99999f), x, broadcast(__builtin_inff()), result));
 }
 
-// The same for x up to 0, where a result below 2^-126 may as well be 2^-126: weights of a softmax.
-inline Float exp2_to_one(Float x) {
-    const Float bounded = maximum(x, broadcast(-126.0f));
-    const Float n = round_nearest(bounded);
-    const Float fraction = bounded - n;
-    Float p = broadcast(1.5403530e-4f);
-    p = multiply_add(p, fraction, broadcast(1.3333558e-3f));
-    p = multiply_add(p, fraction, broadcast(9.6181291e-3f));
-    p = multiply_add(p, fraction, broadcast(5.5504109e-2f));
-    p = multiply_add(p, fraction, broadcast(2.4022651e-1f));
-    p = multiply_add(p, fraction, broadcast(6.9314718e-1f));
-    p = multiply_add(p, fraction, broadcast(1.0f));
-    return scale_by_power(p, n);
+// 2^f on [-1/2, 1/2], which is 1 at 0: a minimax polynomial, within 2e-7 of it. What is to be rounded to bfloat16 needs less, 1e-4.
+template <bool coarse>
+[[gnu::always_inline]] inline Float exp2_of_fraction(Float fraction) {
+    if constexpr (coarse) {
+        Float p = broadcast(5.500893e-2f);
+        p = multiply_add(p, fraction, broadcast(2.4221097e-1f));
+        p = multiply_add(p, fraction, broadcast(6.9328293e-1f));
+        return multiply_add(p, fraction, broadcast(1.0f));
+    }
+    Float p = broadcast(1.32647273e-3f);
+    p = multiply_add(p, fraction, broadcast(9.67151299e-3f));
+    p = multiply_add(p, fraction, broadcast(5.55073358e-2f));
+    p = multiply_add(p, fraction, broadcast(2.40222424e-1f));
+    p = multiply_add(p, fraction, broadcast(6.93147004e-1f));
+    return multiply_add(p, fraction, broadcast(1.0f));
 }
+
+// 2^x for x <= 0, as accurate as that; exactly 0 from -127 down, where hidden scores are. NaN stays NaN.
+template <bool coarse = false>
+inline Float exp2_of_negative(Float x) {
+#if RXT_SET_NUMBER(RXT_INSTRUCTION_SET) == RXT_SET_avx2
+    // The sum's low bits hold n + 127; moved up to the exponent they are 2^n, which for n = -127 is 0.
+    const Float magic = broadcast(12582912.0f + 127.0f);  // 1.5 * 2^23: the fraction of x is pushed out of the significand
+    const Float bounded = maximum(x, broadcast(-127.0f));
+    const Float shifted = bounded + magic;
+    const Float power = {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted.value), 23))};
+    const Float fraction = bounded - (shifted - magic);
+#else
+    const Float bounded = maximum(x, broadcast(-160.0f));
+    const Float n = round_nearest(bounded);
+    const Float power = n;
+    const Float fraction = bounded - n;
+#endif
+    const Float p = exp2_of_fraction<coarse>(fraction);
+#if RXT_SET_NUMBER(RXT_INSTRUCTION_SET) == RXT_SET_avx2
+    return p * power;
+#elif RXT_SET_NUMBER(RXT_INSTRUCTION_SET) == RXT_SET_portable
+    return where_less(x, broadcast(-126.0f), zero(), scale_by_power(p, maximum(power, broadcast(-126.0f))));
+#else
+    return scale_by_power(p, power);
+#endif
+}
+
+inline float exp2_of_negative(float x) { return largest(exp2_of_negative(broadcast(x))); }
 
 inline Float exp(Float x) {
     // Two steps: log2(e) rounded once would cost accuracy at large |x|.

@@ -83,6 +83,7 @@ void pack_keys(const Workspace& w, int64_t group, int64_t first) {
         read_head(head_at<Element>(a.key, a.key_strides, batch, first + i, head), w.width, key);
         read_head(head_at<Element>(a.value, a.value_strides, batch, first + i, head), w.width, value);
         if (a.key_rotary.cosine != nullptr) rotate(a.key_rotary, batch, first + i, a.split, w.width, key);
+        if (rounds_heads(a)) round_head(w.width, key);
     }
     const int64_t place = (group * w.padded_keys + first) * w.width;
     pack_panel(keys, w.padded_width, panel, w.width, w.key_panels + place);
@@ -104,6 +105,7 @@ void pack_rows(const AttentionBackward& b, const Workspace& w, int64_t row, int6
         const float total = time < a.query_time ? sums[a.batch * w.heads * a.query_time] : 0.0f;
         if (time < a.query_time && total != 0.0f) {
             read_query<Element>(a, batch, time, head, 1.0f, query);
+            if (rounds_heads(a)) round_head(w.width, query);
             for (int64_t j = 0; j < w.width; ++j) scaled[j] = query[j] * (a.scale * log2_of_e);
             float out[attention_largest_head];
             read_head(head_at<Element>(b.out_gradient, b.out_gradient_strides, batch, time, head), w.width, gradient);

@@ -25,6 +25,15 @@ inline const Element* head_at(const void* base, const HeadStrides& strides, int6
     return static_cast<const Element*>(base) + batch * strides.batch + time * strides.time + head * strides.head;
 }
 
+// Whether products are of queries and keys that are rounded to bfloat16 after they are rotated.
+inline bool rounds_heads(const AttentionForward& a) {
+    return RXT_HAS_BFLOAT16_DOT && !attention_is_short(a) && (a.rounded || a.dtype == DType::bfloat16);
+}
+
+inline void round_head(int64_t width, float* head) {
+    for (int64_t i = 0; i < width; ++i) head[i] = to_float(to_bfloat16(head[i]));
+}
+
 // How many of the first keys row `batch` may see: those behind are padding.
 inline int64_t keys_of(const AttentionForward& a, int64_t batch) {
     int64_t keys = a.key_time;

@@ -46,6 +46,8 @@ struct AttentionForward {
     // (2, batch, heads, query_time), contiguous, for the backward pass; or null: the largest score of each query, as an exponent of
     // 2, and the sum of 2^(score - largest). One number, their logarithm, would lose the digits that a large score takes.
     float* softmax_sums;
+    // Heads in fp32 of a model in bfloat16: rotated queries and keys, values and weights may be rounded to it, where that is faster.
+    bool rounded = false;
 };
 
 struct AttentionBackward {

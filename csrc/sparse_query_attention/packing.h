@@ -25,6 +25,27 @@ inline void pack_panel(const Element* source, int64_t stride, int64_t count, int
     }
 }
 
+#if RXT_HAS_BFLOAT16_DOT
+
+inline BFloat16 rounded(float x) { return to_bfloat16(x); }
+inline BFloat16 rounded(BFloat16 x) { return x; }
+
+// The same, rounded to pairs of bfloat16: (width / 2, panel). An odd last value is paired with a zero.
+template <class Element>
+inline void pack_panel(const Element* source, int64_t stride, int64_t count, int64_t width, Pair* target) {
+    for (int64_t column = 0; column < panel; ++column) {
+        const Element* head = source + column * stride;
+        for (int64_t i = 0; i < width; i += 2) {
+            const bool inside = column < count;
+            const BFloat16 first = inside ? rounded(head[i]) : BFloat16{0};
+            const BFloat16 second = inside && i + 1 < width ? rounded(head[i + 1]) : BFloat16{0};
+            target[i / 2 * panel + column] = pair_of(first, second);
+        }
+    }
+}
+
+#endif
+
 constexpr float log2_of_e = 1.44269504088896341f;
 
 // One query, rotated and scaled, widened to fp32.
@@ -41,5 +62,19 @@ inline void put_in_tile(const float* values, int64_t row, int64_t width, float* 
     float* column = tiles + row / Rows * Rows * width + row % Rows;
     for (int64_t i = 0; i < width; ++i) column[i * Rows] = values[i];
 }
+
+#if RXT_HAS_BFLOAT16_DOT
+
+// The same, rounded to pairs of bfloat16: (width / 2, Rows). There is a value behind an odd width, and it is 0.
+template <int Rows>
+inline void put_in_tile(const float* values, int64_t row, int64_t width, Pair* tiles) {
+    const int64_t steps = steps_of<Pair>(width);
+    Pair* column = tiles + row / Rows * Rows * steps + row % Rows;
+    for (int64_t i = 0; i < steps; ++i) {
+        column[i * Rows] = pair_of(to_bfloat16(values[2 * i]), to_bfloat16(values[2 * i + 1]));
+    }
+}
+
+#endif
 
 }  // namespace rxt::RXT_INSTRUCTION_SET::attention

@@ -86,9 +86,10 @@ void attend(const AttentionForward& a, float* scratch, int64_t task) {
     }
     const int64_t columns = round_up(count, panel);
     for (int64_t row = 0; row < rows; ++row) {
-        part.largest_score[row] = no_score, part.total[row] = 0.0f;
         hide_from(scores + row * part_keys, seen[row], columns);
-        weigh(scores + row * part_keys, columns / Float::lanes, part.largest_score[row], part.total[row]);
+        RunningSoftmax of_part;
+        weigh(scores + row * part_keys, columns / Float::lanes, of_part);
+        part.largest_score[row] = of_part.largest_score, part.total[row] = of_part.total;
     }
     const Element* value = head_at<Element>(a.value, a.value_strides, batch, start, key_head);
     alignas(64) float mixed[tile_rows * attention_largest_head];

@@ -1,4 +1,4 @@
-// Products of small tiles that stay in registers, and the exponential between two of them.
+// Products of small tiles that stay in registers, and the softmax between two of them.
 //
 // Every matrix product of attention is made of one step: a few rows, whose elements are broadcast, times vectors that are read
 // straight on. Scores have keys along the lanes, for which keys are packed transposed; weighted values have head_dim there.
@@ -17,6 +17,19 @@ constexpr int tile_rows = 6;  // 12 sums in 16 registers
 #endif
 constexpr int tile_vectors = 2;
 constexpr int panel = tile_vectors * Float::lanes;  // keys side by side
+
+// What one step multiplies: one value in fp32, or a pair of bfloat16 where the processor does that.
+template <class Operand>
+constexpr int values_per_step = 1;
+#if RXT_HAS_BFLOAT16_DOT
+template <>
+constexpr int values_per_step<Pair> = 2;
+#endif
+
+template <class Operand>
+inline int64_t steps_of(int64_t values) {
+    return (values + values_per_step<Operand> - 1) / values_per_step<Operand>;
+}
 
 template <int Rows, int Vectors>
 struct Tile {
@@ -50,15 +63,15 @@ struct Tile {
     }
 
     // sums[row] += sum over steps of left[row * RowStride + step * StepStride] * (vectors at right + step * right_stride)
-    template <int RowStride, int StepStride, class Element>
-    [[gnu::always_inline]] inline void multiply(int64_t steps, const float* left, const Element* right, int64_t right_stride) {
+    template <int RowStride, int StepStride, class Operand, class Element>
+    [[gnu::always_inline]] inline void multiply(int64_t steps, const Operand* left, const Element* right, int64_t right_stride) {
         for (int64_t step = 0; step < steps; ++step) {
-            Float vectors[Vectors];
+            decltype(load(right)) vectors[Vectors];
             RXT_UNROLL
             for (int v = 0; v < Vectors; ++v) vectors[v] = load(right + v * Float::lanes);
             RXT_UNROLL
             for (int row = 0; row < Rows; ++row) {
-                const Float factor = broadcast(left[row * RowStride]);
+                const auto factor = broadcast(left[row * RowStride]);
                 RXT_UNROLL
                 for (int v = 0; v < Vectors; ++v) sums[row][v] = multiply_add(factor, vectors[v], sums[row][v]);
             }
@@ -70,18 +83,18 @@ struct Tile {
 
 constexpr int64_t piece = 64;  // long heads are summed in pieces, which round less
 
-// Scores of a tile of queries (width, Rows) and a panel of keys (width, panel).
-template <int Rows>
-[[gnu::always_inline]] inline void score_panel(int64_t width, const float* queries, const float* keys, float* scores,
+// Scores of a tile of queries (steps, Rows) and a panel of keys (steps, panel).
+template <int Rows, class Operand>
+[[gnu::always_inline]] inline void score_panel(int64_t steps, const Operand* queries, const Operand* keys, float* scores,
                                                int64_t stride) {
     Tile<Rows, tile_vectors> tile;
     tile.clear();
-    tile.template multiply<1, Rows>(width < piece ? width : piece, queries, keys, panel);
+    tile.template multiply<1, Rows>(steps < piece ? steps : piece, queries, keys, panel);
     tile.write(scores, stride);
-    for (int64_t first = piece; first < width; first += piece) {
+    for (int64_t first = piece; first < steps; first += piece) {
         tile.clear();
         tile.template multiply<1, Rows>(
-            width - first < piece ? width - first : piece, queries + first * Rows, keys + first * panel, panel);
+            steps - first < piece ? steps - first : piece, queries + first * Rows, keys + first * panel, panel);
         tile.add_to(scores, stride);
     }
 }
@@ -97,61 +110,65 @@ inline float dot(int64_t width, const float* a, const float* b) {
     return largest(total);
 }
 
-// 2^x for x <= 0, within 2e-7; exactly 0 from -127 down, where hidden scores are. NaN stays NaN.
-inline Float exp2_of_negative(Float x) {
-#if RXT_SET_NUMBER(RXT_INSTRUCTION_SET) == RXT_SET_avx2
-    // The sum's low bits hold n + 127; moved up to the exponent they are 2^n, which for n = -127 is 0.
-    const Float magic = broadcast(12582912.0f + 127.0f);  // 1.5 * 2^23: the fraction of x is pushed out of the significand
-    const Float bounded = maximum(x, broadcast(-127.0f));
-    const Float shifted = bounded + magic;
-    const Float power = {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted.value), 23))};
-    const Float fraction = bounded - (shifted - magic);
-#else
-    const Float bounded = maximum(x, broadcast(-160.0f));
-    const Float n = round_nearest(bounded);
-    const Float power = n;
-    const Float fraction = bounded - n;
-#endif
-    // Minimax polynomial of 2^f on [-1/2, 1/2] that is 1 at 0.
-    Float p = broadcast(1.32647273e-3f);
-    p = multiply_add(p, fraction, broadcast(9.67151299e-3f));
-    p = multiply_add(p, fraction, broadcast(5.55073358e-2f));
-    p = multiply_add(p, fraction, broadcast(2.40222424e-1f));
-    p = multiply_add(p, fraction, broadcast(6.93147004e-1f));
-    p = multiply_add(p, fraction, broadcast(1.0f));
-#if RXT_SET_NUMBER(RXT_INSTRUCTION_SET) == RXT_SET_avx2
-    return p * power;
-#elif RXT_SET_NUMBER(RXT_INSTRUCTION_SET) == RXT_SET_portable
-    return where_less(x, broadcast(-126.0f), zero(), scale_by_power(p, maximum(power, broadcast(-126.0f))));
-#else
-    return scale_by_power(p, power);
-#endif
-}
-
-inline float exp2_of_negative(float x) { return largest(exp2_of_negative(broadcast(x))); }
-
 constexpr float no_score = -__builtin_inff();
 
-// A row of scores over `vectors` vectors becomes weights 2^(score - largest). `largest_so_far` and `total` of earlier keys are
-// brought up to date; the result is the factor for what has been summed with them.
-inline float weigh(float* scores, int64_t vectors, float& largest_so_far, float& total) {
+// What a query has seen so far: its largest score, as an exponent of 2, and the sum of 2^(score - largest).
+struct RunningSoftmax {
+    float largest_score = no_score, total = 0.0f;
+
+    // What is taken from scores whose largest is `found`, together with those before: 0 where all are hidden, so that all weigh 0.
+    float base(float found) const {
+        const float now = largest_score > found ? largest_score : found;
+        return now == no_score ? 0.0f : now;
+    }
+
+    // The factor for what has been summed with earlier weights.
+    float add(float found, float sum_of_weights) {
+        const float now = largest_score > found ? largest_score : found;
+        const float factor = largest_score == now ? 1.0f : exp2_of_negative(largest_score - base(found));
+        largest_score = now;
+        total = total * factor + sum_of_weights;
+        return factor;
+    }
+};
+
+inline float largest_of(const float* scores, int64_t vectors) {
     Float top = broadcast(no_score);
     for (int64_t v = 0; v < vectors; ++v) top = maximum(load(scores + v * Float::lanes), top);
-    const float before = largest_so_far, found = largest(top);
-    const float now = before > found ? before : found;
-    const float base = now == no_score ? 0.0f : now;  // where all are hidden, all weigh 0
-    const Float offset = broadcast(base);
+    return largest(top);
+}
+
+// A row of scores, exponents of 2 over `vectors` vectors, becomes weights 2^(score - largest), in place. Returns the factor for
+// what has been summed with earlier ones.
+inline float weigh(float* scores, int64_t vectors, RunningSoftmax& softmax) {
+    const float found = largest_of(scores, vectors);
+    const Float offset = broadcast(softmax.base(found));
     Float sums = zero();
     for (int64_t v = 0; v < vectors; ++v) {
         const Float weight = exp2_of_negative(load(scores + v * Float::lanes) - offset);
         store(scores + v * Float::lanes, weight);
         sums = sums + weight;
     }
-    const float factor = before == now ? 1.0f : exp2_of_negative(before - base);
-    largest_so_far = now;
-    total = total * factor + sum(sums);
-    return factor;
+    return softmax.add(found, sum(sums));
 }
+
+#if RXT_HAS_BFLOAT16_DOT
+
+// The same for an even number of vectors of scores that are still to be multiplied by `scale`; weights are rounded to bfloat16.
+inline float weigh(const float* scores, float scale, int64_t vectors, RunningSoftmax& softmax, Pair* weights) {
+    const float found = largest_of(scores, vectors) * scale;
+    const Float factor = broadcast(scale), offset = broadcast(-softmax.base(found));
+    Float sums = zero();
+    for (int64_t v = 0; v < vectors; v += 2) {
+        const Float low = exp2_of_negative<true>(multiply_add(load(scores + v * Float::lanes), factor, offset));
+        const Float high = exp2_of_negative<true>(multiply_add(load(scores + (v + 1) * Float::lanes), factor, offset));
+        store_pairs(weights + v / 2 * Float::lanes, low, high);
+        sums = sums + (low + high);
+    }
+    return softmax.add(found, sum(sums));
+}
+
+#endif
 
 // -infinity in the columns from `first` up to `count`.
 inline void hide_from(float* scores, int64_t first, int64_t count) {
