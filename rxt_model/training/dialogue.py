@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise
 
-from .sentences import read_sections
+from .sentences import continued, read_sections
 
 __all__ = ["DialogueTurns", "load_dialogue", "neutral_reply", "small_talk"]
 
@@ -35,19 +35,18 @@ _TO_STATEMENTS = ("I see.", "I see.", "That is interesting.")
 
 
 @cache
-def small_talk(variety: str = "full") -> tuple[tuple[str, str], ...]:
+def small_talk(variety: str = "wide") -> tuple[tuple[str, str], ...]:
     """Exchanges written for this model, so that it can greet, say what it is, and hear what is no fact.
 
     Args:
-        variety: ``"plain"`` for those that training begins with, or ``"full"``.
+        variety: ``"plain"`` for those that training begins with, or another of :data:`.sentences.VARIETIES`.
 
     Example:
         >>> small_talk("plain")[0]
         ('Hello', 'Hello! How are you?')
     """
-    sections = read_sections("chat")
-    lines = (*sections["chat"], *(sections["chat more"] if variety == "full" else ()))
-    exchanges = [line.split("|") for line in lines]
+    sections = continued(read_sections("chat"), "chat", variety)
+    exchanges = [line.split("|") for lines in sections.values() for line in lines]
     return tuple((query.strip(), answer.strip()) for query, answer in exchanges)
 
 

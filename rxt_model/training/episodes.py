@@ -87,7 +87,7 @@ class EpisodeWriter:
         self.dialogue = tuple(dialogue) or self.small_talk
 
     @classmethod
-    def for_split(cls, split: str, dialogue: DialogueTurns, variety: str = "full") -> EpisodeWriter:
+    def for_split(cls, split: str, dialogue: DialogueTurns, variety: str = "wide") -> EpisodeWriter:
         """The writer for ``"train"`` or ``"held_out"``, in ``"plain"`` or ``"full"`` wording."""
         return cls(Wording(split, variety), dialogue.train if split == "train" else dialogue.held_out)
 

@@ -54,7 +54,7 @@ class Wording:
 
     Args:
         split: ``"train"`` or ``"held_out"``. The two never share a clause or a frame.
-        variety: ``"plain"`` for the wording that training begins with, or ``"full"``.
+        variety: ``"plain"`` for the wording that training begins with, ``"full"`` or ``"wide"``, see :mod:`.sentences`.
 
     Raises:
         ValueError: for any other split or variety.
@@ -68,7 +68,7 @@ class Wording:
         True
     """
 
-    def __init__(self, split: str = "train", variety: str = "full") -> None:
+    def __init__(self, split: str = "train", variety: str = "wide") -> None:
         def clauses(section: str) -> dict[str, list[str]]:
             return {a.key: [a.fill(text) for text in sentences(a.wording, section, split, variety)] for a in ATTRIBUTES}
 

@@ -42,7 +42,7 @@ class Phase:
     Attributes:
         settings: curriculum and rates.
         until: share of its steps after which the next phase takes over.
-        variety: wording of its conversations, ``"plain"`` or ``"full"``, see :mod:`rxt_model.training.sentences`.
+        variety: wording of its conversations, ``"plain"``, ``"full"`` or ``"wide"``, see :mod:`rxt_model.training.sentences`.
         encoder_ff, expert_ff: hidden widths that the model is given before it, see :mod:`rxt_model.training.widening`; None
             keeps those it has.
 
@@ -52,7 +52,7 @@ class Phase:
 
     settings: TrainingSettings
     until: float = 1.0
-    variety: str = "full"
+    variety: str = "wide"
     encoder_ff: int | None = None
     expert_ff: int | None = None
 
@@ -115,6 +115,7 @@ DEMO_PHASES = (
                 ),
             ),
         ),
+        variety="full",
     ),
     Phase(
         TrainingSettings(
@@ -129,8 +130,23 @@ DEMO_PHASES = (
                 ),
             ),
         ),
+        variety="full",
         encoder_ff=480,
         expert_ff=240,
+    ),
+    Phase(
+        TrainingSettings(
+            steps=2600,
+            learning_rate=4e-4,
+            final_learning_rate=0.02,
+            warmup_steps=100,
+            stages=(
+                Stage(
+                    1.00, (6, 12, 18, 24), 216, 14,
+                    statement_rows=0.6, chat_rows=0.5, emphasis="answers", mistakes=0.35, changes=0.45,
+                ),
+            ),
+        ),
     ),
 )  # fmt: skip
 """First what memory is for, in short and then in long conversations; its schedule is left early, while steps are still long.

@@ -1,7 +1,8 @@
 """Reads the sentences of the folder ``wording``, and divides them into those of training and those held out.
 
-A file has sections, ``[tell]`` for example, of one sentence per line; ``#`` begins a comment. A section ``[tell more]``
-goes on with ``[tell]``. The first are the *plain* wording that training begins with, both together the *full* one.
+A file has sections, ``[tell]`` for example, of one sentence per line; ``#`` begins a comment. Sections ``[tell more]`` and
+``[tell further]`` go on with ``[tell]``. The first are the *plain* wording that training begins with, those with ``more``
+make it the *full* one, those with ``further`` the *wide* one.
 
 One sentence in five is **held out**: never seen in training, and recall is measured on held-out ones alone. The draw is
 made from a fixed seed, not chosen by hand, and in every section by itself. A sentence more in a section draws that section
@@ -15,10 +16,11 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 
-__all__ = ["SPLITS", "VARIETIES", "Sections", "read_sections", "sentences"]
+__all__ = ["SPLITS", "VARIETIES", "Sections", "continued", "read_sections", "sentences"]
 
 SPLITS = ("train", "held_out")
-VARIETIES = ("plain", "full")
+VARIETIES = ("plain", "full", "wide")
+_CONTINUATIONS = {"plain": (), "full": ("more",), "wide": ("more", "further")}
 HELD_OUT_SHARE = 0.2
 _SPLIT_SEED = 20251123
 
@@ -64,14 +66,32 @@ def _divide(items: Sequence[str], split: str, salt: str) -> list[str]:
     return chosen + [item for item in items if items.count(item) > 1] if split == "train" else chosen
 
 
-def sentences(name: str, section: str, split: str, variety: str = "full", *, salt: str = "") -> list[str]:
-    """The sentences of a section and, in the ``"full"`` variety, of the one that goes on with it.
+def continued(sections: Sections, section: str, variety: str) -> dict[str, tuple[str, ...]]:
+    """A section and those that go on with it in a variety, by their names; a file need not have these.
+
+    Raises:
+        ValueError: for another variety, or a section that is not there.
+
+    Example:
+        >>> list(continued(read_sections("age"), "ask", "full"))
+        ['ask', 'ask more']
+    """
+    if variety not in VARIETIES:
+        raise ValueError(f"variety must be one of {', '.join(VARIETIES)}; it was {variety!r}.")
+    if section not in sections:
+        raise ValueError(f"there is no section [{section}]; there are {', '.join(sections)}.")
+    names = (section, *(f"{section} {word}" for word in _CONTINUATIONS[variety]))
+    return {name: sections[name] for name in names if name in sections}
+
+
+def sentences(name: str, section: str, split: str, variety: str = "wide", *, salt: str = "") -> list[str]:
+    """The sentences of a section and of those that go on with it in a variety.
 
     Args:
         name: file in the folder ``wording``, without its ending.
         section: for example ``"tell"``.
         split: ``"train"`` or ``"held_out"``.
-        variety: ``"plain"`` or ``"full"``.
+        variety: ``"plain"``, ``"full"`` or ``"wide"``; each has the sentences of the one before.
         salt: what the draw is made with; by default file and section.
 
     Raises:
@@ -79,11 +99,8 @@ def sentences(name: str, section: str, split: str, variety: str = "full", *, sal
     """
     if split not in SPLITS:
         raise ValueError(f"split must be 'train' or 'held_out'; it was {split!r}.")
-    if variety not in VARIETIES:
-        raise ValueError(f"variety must be 'plain' or 'full'; it was {variety!r}.")
-    sections, salt = read_sections(name), salt or f"{name}/{section}"
-    if section not in sections:
-        raise ValueError(f"wording/{name}.txt has no section [{section}]; it has {', '.join(sections)}.")
-    chosen = _divide(sections[section], split, salt)
-    further = sections.get(f"{section} more", ())
-    return chosen + _divide(further, split, f"{salt} more") if further and variety == "full" else chosen
+    salt = salt or f"{name}/{section}"
+    chosen: list[str] = []
+    for found, items in continued(read_sections(name), section, variety).items():
+        chosen += _divide(items, split, salt + found.removeprefix(section))
+    return chosen
