@@ -78,13 +78,16 @@ def test_held_out_wording_is_never_in_training(variety: str) -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_full_wording_adds_to_plain_wording_and_moves_nothing_across_the_split(split: str) -> None:
+def test_every_variety_adds_to_the_one_before_and_moves_nothing_across_the_split(split: str) -> None:
     plain, full = Wording(split, "plain"), Wording(split, "full")
     for attribute in ATTRIBUTES:
         for name in ("tells", "asks", "updates"):
             few, many = getattr(plain, name)[attribute.key], getattr(full, name)[attribute.key]
             assert many[: len(few)] == few
             assert len(many) > 2 * len(few), (name, attribute.key)
+            most = getattr(Wording(split, "wide"), name)[attribute.key]
+            assert most[: len(many)] == many
+            assert len(most) > len(many), (name, attribute.key)
     for name in ("tell_frames", "update_frames", "ask_frames", "pairs", "small_talk"):
         assert set(getattr(plain, name)) < set(getattr(full, name))
 

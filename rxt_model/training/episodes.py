@@ -88,7 +88,7 @@ class EpisodeWriter:
 
     @classmethod
     def for_split(cls, split: str, dialogue: DialogueTurns, variety: str = "wide") -> EpisodeWriter:
-        """The writer for ``"train"`` or ``"held_out"``, in ``"plain"`` or ``"full"`` wording."""
+        """The writer for ``"train"`` or ``"held_out"``, in the wording of a :data:`.sentences.VARIETIES`."""
         return cls(Wording(split, variety), dialogue.train if split == "train" else dialogue.held_out)
 
     def fingerprint(self) -> str:

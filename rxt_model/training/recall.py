@@ -210,7 +210,7 @@ def measure_recall(
             ``"reset"`` to draw the memory anew before every turn.
         changed: tell each fact twice with different values; only the newer one is right.
         split: ``"held_out"`` wording and dialogue, or ``"train"``.
-        variety: ``"full"`` wording, or ``"plain"``, the part of it that training begins with.
+        variety: wording, one of :data:`.sentences.VARIETIES`; ``"plain"`` is what training begins with.
         seed: of conversations and initial memories.
         writer: episodes to use instead of those of ``split`` and ``variety``.
         progress: called after each distance.
