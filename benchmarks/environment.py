@@ -83,6 +83,12 @@ def _load() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
+def _waiting() -> str:
+    """How OpenMP's threads wait for each other, which what else a machine does makes matter."""
+    told = [f"{name}={os.environ[name]}" for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ]
+    return ", ".join(told) or "default"
+
+
 def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Processor, versions, threads, commit, and the GPU if it is the device; no paths, no names of machines or people.
 
@@ -100,6 +106,7 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "load_average": _load(),
+        "openmp_waiting": _waiting(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,

@@ -7,14 +7,29 @@
 
 #include <cstdint>
 
+#include "core/team.h"
+
 namespace rxt::RXT_INSTRUCTION_SET {
 
-// Calls task(i) for i in [0, count), in chunks of neighbours. `work` is the arithmetic of all tasks together, in operations: too
-// little of it is not worth waking threads for.
+// Too little arithmetic, in operations, is not worth waking threads for.
+inline bool is_worth_threads(int64_t count, double work) {
+    constexpr double worth_a_thread = 5e4;
+    return work >= 2 * worth_a_thread && count >= 2;
+}
+
+inline int threads_for(int64_t count, double work) {
+    return !is_worth_threads(count, work) || omp_in_parallel() ? 1 : omp_get_max_threads();
+}
+
+// Calls task(i) for i in [0, count), in chunks of neighbours. `work` is the arithmetic of all tasks together.
 template <class Task>
 inline void parallel_for(int64_t count, double work, Task&& task) {
-    constexpr double worth_a_thread = 5e4;
-    const int threads = work < 2 * worth_a_thread || count < 2 || omp_in_parallel() ? 1 : omp_get_max_threads();
+    if (Team* team = team_of_loops()) {
+        const Range own = is_worth_threads(count, work) ? team->share(count) : Range{0, team->thread == 0 ? count : 0};
+        for (int64_t i = own.first; i < own.last; ++i) task(i);
+        return team->wait();
+    }
+    const int threads = threads_for(count, work);
     if (threads == 1) {
         for (int64_t i = 0; i < count; ++i) task(i);
         return;
@@ -26,8 +41,8 @@ inline void parallel_for(int64_t count, double work, Task&& task) {
 // The same where tasks differ in length: each thread takes the next one when it is done.
 template <class Task>
 inline void parallel_for_uneven(int64_t count, double work, Task&& task) {
-    constexpr double worth_a_thread = 5e4;
-    const int threads = work < 2 * worth_a_thread || count < 2 || omp_in_parallel() ? 1 : omp_get_max_threads();
+    if (Team* team = team_of_loops()) return team->share_unevenly(count, task);
+    const int threads = threads_for(count, work);
     if (threads == 1) {
         for (int64_t i = 0; i < count; ++i) task(i);
         return;

@@ -4,7 +4,7 @@
 #include <math.h>
 
 #include "decode/kernels.h"
-#include "decode/team.h"
+#include "core/team.h"
 #include "simd/vector.h"
 
 namespace rxt::RXT_INSTRUCTION_SET {

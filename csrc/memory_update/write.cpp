@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/scratch.h"
+#include "core/team.h"
 #include "core/tensor.h"
 #include "matmul/kernels.h"
 #include "memory_update/gate_kinds.h"
@@ -185,11 +186,14 @@ public:
         reserve();
         const int64_t elements = sizes.memory_rows() * sizes.width;
         const int64_t layers_per_group = groups > 0 ? sizes.layers / groups : 1;
-        for (int64_t group = 0; group < groups; ++group) {
-            kernels_.mean({layers_per_group, memory_stride, elements, memory + group * layers_per_group * memory_stride, own_});
-            norm(mean_norm, own_, means_ + group * elements);
-        }
-        for (int64_t index = 0; index < sizes.layers; ++index) write_layer(index, elements);
+        // Every thread comes by every kernel, whose loops they share; nothing but those loops writes.
+        in_team_of_loops(omp_get_max_threads(), [&](const Team& team) {
+            for (int64_t group = 0; group < groups; ++group) {
+                kernels_.mean({layers_per_group, memory_stride, elements, memory + group * layers_per_group * memory_stride, own_});
+                norm(mean_norm, own_, means_ + group * elements);
+            }
+            for (int64_t index = 0; index < sizes.layers; ++index) write_layer(team, index, elements);
+        });
     }
 
 private:
@@ -204,7 +208,7 @@ private:
         void (*gate_heads)(const GatedHeads&);
     };
 
-    void write_layer(int64_t index, int64_t elements) {
+    void write_layer(const Team& team, int64_t index, int64_t elements) const {
         const Layer& layer = layers[index];
         const float* state = memory + index * memory_stride;
         if (reads_own) {
@@ -213,12 +217,12 @@ private:
             if (groups > 0) {
                 context = means_ + index * groups / sizes.layers * elements;
                 if (blends) {
-                    gate(layer.interlayer, sizes.memories, own_, context, blended_);
+                    gate(team, layer.interlayer, sizes.memories, own_, context, blended_);
                     context = blended_;
                 }
             }
             attend(layer.context_attention, own_, context, {sizes.memories, sizes.slots, nullptr, 0, {}, false});
-            gate(layer.context, sizes.memories, state, written_, state_);
+            gate(team, layer.context, sizes.memories, state, written_, state_);
             state = state_;
         }
         norm(layer.memory_norm, state, own_);
@@ -226,10 +230,10 @@ private:
         attend(layer.attention, own_, keys_in_, interaction);
         float* result = out + index * sizes.written_rows() * sizes.width;
         if (sizes.memories == sizes.batch) {
-            gate(layer.residual, sizes.batch, state, written_, result);
+            gate(team, layer.residual, sizes.batch, state, written_, result);
         } else {
             const int64_t row = sizes.slots * sizes.width;
-            for (int64_t b = 0; b < sizes.batch; ++b) gate(layer.residual, 1, state, written_ + b * row, result + b * row);
+            for (int64_t b = 0; b < sizes.batch; ++b) gate(team, layer.residual, 1, state, written_ + b * row, result + b * row);
         }
     }
 
@@ -246,10 +250,9 @@ private:
         kernels_.memory_norm(call);
     }
 
-    void gate(const Gate& own, int64_t batch, const float* old, const float* added, float* result) const {
+    void gate(const Team& team, const Gate& own, int64_t batch, const float* old, const float* added, float* result) const {
         if (own.gate.kind == GateKind::replace) {
-            std::memcpy(result, added, sizeof(float) * batch * sizes.slots * sizes.width);
-            return;
+            return team.alone([&] { std::memcpy(result, added, sizeof(float) * batch * sizes.slots * sizes.width); });
         }
         ResidualGate call = own.gate;
         call.batch = batch;
@@ -261,7 +264,7 @@ private:
     }
 
     // written_ = attention of the slots over keys.batch rows of other states.
-    void attend(const Attention& own, const float* query_input, const float* key_input, const Keys& keys) {
+    void attend(const Attention& own, const float* query_input, const float* key_input, const Keys& keys) const {
         std::vector<Projection> products;
         float* packed = packed_;
         const auto add = [&](Projection product, const float* x, int64_t rows, float* target) {

@@ -17,6 +17,7 @@ from typing import TextIO
 from rxt_model.cli import bench, chat, demo, doctor, info, train
 from rxt_model.cli.arguments import ArgumentParser
 from rxt_model.cli.errors import FAILURE, INTERRUPTED, USER_ERROR, report, tell
+from rxt_model.cli.waiting import wait_briefly
 
 __all__ = ["main"]
 
@@ -98,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _warnings_as_sentences():
             options = _parser().parse_args(None if argv is None else list(argv))
+            wait_briefly()
             status: int = options.run(options)
             sys.stdout.flush()
             return status

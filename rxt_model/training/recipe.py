@@ -136,8 +136,8 @@ DEMO_PHASES = (
     ),
     Phase(
         TrainingSettings(
-            steps=2600,
-            learning_rate=4e-4,
+            steps=3000,
+            learning_rate=2e-4,
             final_learning_rate=0.02,
             warmup_steps=100,
             stages=(
