@@ -21,13 +21,22 @@ inline int threads_for(int64_t count, double work) {
     return !is_worth_threads(count, work) || omp_in_parallel() ? 1 : omp_get_max_threads();
 }
 
+// A loop inside of a task is the task's own: the rest of the team is elsewhere.
+class OutsideOfLoops {
+public:
+    explicit OutsideOfLoops(Team* team) : team_(team) { set_team_of_loops(nullptr); }
+    ~OutsideOfLoops() { set_team_of_loops(team_); }
+
+private:
+    Team* team_;
+};
+
 // Calls task(i) for i in [0, count), in chunks of neighbours. `work` is the arithmetic of all tasks together.
 template <class Task>
 inline void parallel_for(int64_t count, double work, Task&& task) {
     if (Team* team = team_of_loops()) {
-        const Range own = is_worth_threads(count, work) ? team->share(count) : Range{0, team->thread == 0 ? count : 0};
-        for (int64_t i = own.first; i < own.last; ++i) task(i);
-        return team->wait();
+        const OutsideOfLoops inside_of_a_task(team);
+        return team->share_evenly(count, is_worth_threads(count, work), task);
     }
     const int threads = threads_for(count, work);
     if (threads == 1) {
@@ -41,7 +50,10 @@ inline void parallel_for(int64_t count, double work, Task&& task) {
 // The same where tasks differ in length: each thread takes the next one when it is done.
 template <class Task>
 inline void parallel_for_uneven(int64_t count, double work, Task&& task) {
-    if (Team* team = team_of_loops()) return team->share_unevenly(count, task);
+    if (Team* team = team_of_loops()) {
+        const OutsideOfLoops inside_of_a_task(team);
+        return team->share_unevenly(count, task);
+    }
     const int threads = threads_for(count, work);
     if (threads == 1) {
         for (int64_t i = 0; i < count; ++i) task(i);

@@ -48,6 +48,14 @@ struct Team {
         wait();
     }
 
+    // The same in equal parts of neighbours; a thread alone has all of them where `divided` is false.
+    template <class Task>
+    void share_evenly(int64_t tasks, bool divided, const Task& task) const {
+        const Range own = divided ? share(tasks) : Range{0, thread == 0 ? tasks : 0};
+        for (int64_t i = own.first; i < own.last; ++i) task(i);
+        wait();
+    }
+
     // Calls work() in one thread, for which the others wait.
     template <class Work>
     void alone(const Work& work) const {
@@ -77,7 +85,7 @@ inline void in_team(int threads, Work&& work) {
 }
 
 // The same, and the loops of parallel_for in `work` are shared by its threads, instead of beginning a region each. All of them come by
-// the same loops, and what stands between the loops has to be the same, whichever thread does it and however many do.
+// the same loops, and what stands between the loops writes nothing that they share.
 template <class Work>
 inline void in_team_of_loops(int threads, Work&& work) {
     in_team(threads, [&](Team& team) {
@@ -85,6 +93,14 @@ inline void in_team_of_loops(int threads, Work&& work) {
         work(team);
         set_team_of_loops(nullptr);
     });
+}
+
+// The same for a call of so many operations, with all threads that torch has if they are worth a region.
+template <class Call>
+inline void share_loops(double operations, Call&& call) {
+    constexpr double worth_a_region = 1e6;
+    if (operations < worth_a_region) return call();
+    in_team_of_loops(omp_get_max_threads(), [&](Team&) { call(); });
 }
 
 }  // namespace rxt

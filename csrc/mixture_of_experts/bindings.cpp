@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "core/scratch.h"
+#include "core/team.h"
 #include "core/tensor.h"
 #include "mixture_of_experts/kernels.h"
 
@@ -336,7 +337,7 @@ void bind_experts_forward(const py::object& x, const py::object& weights, const 
                                    kept ? kept->data_as<float>() : nullptr, scratch + units, scratch + results};
     const auto kernel = RXT_KERNEL(experts_forward);
     py::gil_scoped_release released;
-    kernel(arguments);
+    share_loops(2.0 * choices * tensors.dim * (tensors.width + hidden), [&] { kernel(arguments); });
 }
 
 void bind_experts_backward(const py::object& gradient, const py::object& before, const py::object& x,
@@ -385,7 +386,7 @@ void bind_experts_backward(const py::object& gradient, const py::object& before,
         scratch + units, scratch + before_gradient, scratch + x_parts, scratch + products, hidden_parts};
     const auto kernel = RXT_KERNEL(experts_backward);
     py::gil_scoped_release released;
-    kernel(arguments);
+    share_loops(4.0 * choices * dim * (width + hidden), [&] { kernel(arguments); });
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "core/scratch.h"
+#include "core/team.h"
 #include "core/tensor.h"
 #include "sparse_query_attention/kernels.h"
 
@@ -87,6 +88,11 @@ Inputs check(const py::object& query, const py::object& key, const py::object& v
     return inputs;
 }
 
+// Of scores and weighted values, whatever is hidden.
+double operations(const AttentionForward& a) {
+    return 4.0 * a.batch * std::max(a.query_heads, a.key_heads) * a.query_time * a.key_time * a.head_dim;
+}
+
 void forward(const py::object& query, const py::object& key, const py::object& value, bool causal, const py::object& key_mask,
              const py::object& key_lengths, const py::object& query_cosine, const py::object& query_sine,
              const py::object& key_cosine, const py::object& key_sine, bool split, double scale, const py::object& out,
@@ -96,7 +102,8 @@ void forward(const py::object& query, const py::object& key, const py::object& v
     const auto scratch_size = RXT_KERNEL(attention_forward_scratch);
     const auto kernel = RXT_KERNEL(attention_forward);
     py::gil_scoped_release released;
-    kernel(inputs.arguments, Scratch::floats(scratch_size(inputs.arguments)));
+    float* scratch = Scratch::floats(scratch_size(inputs.arguments));
+    share_loops(operations(inputs.arguments), [&] { kernel(inputs.arguments, scratch); });
 }
 
 void backward(const py::object& query, const py::object& key, const py::object& value, bool causal, const py::object& key_mask,
@@ -122,7 +129,8 @@ void backward(const py::object& query, const py::object& key, const py::object& 
     const auto scratch_size = RXT_KERNEL(attention_backward_scratch);
     const auto kernel = RXT_KERNEL(attention_backward);
     py::gil_scoped_release released;
-    kernel(arguments, Scratch::floats(scratch_size(arguments)));
+    float* scratch = Scratch::floats(scratch_size(arguments));
+    share_loops(2.5 * operations(a), [&] { kernel(arguments, scratch); });
 }
 
 }  // namespace
