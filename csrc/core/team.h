@@ -95,12 +95,4 @@ inline void in_team_of_loops(int threads, Work&& work) {
     });
 }
 
-// The same for a call of so many operations, with all threads that torch has if they are worth a region.
-template <class Call>
-inline void share_loops(double operations, Call&& call) {
-    constexpr double worth_a_region = 1e6;
-    if (operations < worth_a_region) return call();
-    in_team_of_loops(omp_get_max_threads(), [&](Team&) { call(); });
-}
-
 }  // namespace rxt

@@ -3,7 +3,6 @@
 #include <vector>
 
 #include "core/scratch.h"
-#include "core/team.h"
 #include "core/tensor.h"
 #include "mixture_of_experts/kernels.h"
 
@@ -337,7 +336,7 @@ void bind_experts_forward(const py::object& x, const py::object& weights, const 
                                    kept ? kept->data_as<float>() : nullptr, scratch + units, scratch + results};
     const auto kernel = RXT_KERNEL(experts_forward);
     py::gil_scoped_release released;
-    share_loops(2.0 * choices * tensors.dim * (tensors.width + hidden), [&] { kernel(arguments); });
+    kernel(arguments);
 }
 
 void bind_experts_backward(const py::object& gradient, const py::object& before, const py::object& x,
@@ -386,7 +385,7 @@ void bind_experts_backward(const py::object& gradient, const py::object& before,
         scratch + units, scratch + before_gradient, scratch + x_parts, scratch + products, hidden_parts};
     const auto kernel = RXT_KERNEL(experts_backward);
     py::gil_scoped_release released;
-    share_loops(4.0 * choices * dim * (width + hidden), [&] { kernel(arguments); });
+    kernel(arguments);
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 #include <algorithm>
 
 #include "core/scratch.h"
-#include "core/team.h"
 #include "core/tensor.h"
 #include "sparse_query_attention/kernels.h"
 
@@ -88,11 +87,6 @@ Inputs check(const py::object& query, const py::object& key, const py::object& v
     return inputs;
 }
 
-// Of scores and weighted values, whatever is hidden.
-double operations(const AttentionForward& a) {
-    return 4.0 * a.batch * std::max(a.query_heads, a.key_heads) * a.query_time * a.key_time * a.head_dim;
-}
-
 void forward(const py::object& query, const py::object& key, const py::object& value, bool causal, const py::object& key_mask,
              const py::object& key_lengths, const py::object& query_cosine, const py::object& query_sine,
              const py::object& key_cosine, const py::object& key_sine, bool split, double scale, const py::object& out,
@@ -102,8 +96,7 @@ void forward(const py::object& query, const py::object& key, const py::object& v
     const auto scratch_size = RXT_KERNEL(attention_forward_scratch);
     const auto kernel = RXT_KERNEL(attention_forward);
     py::gil_scoped_release released;
-    float* scratch = Scratch::floats(scratch_size(inputs.arguments));
-    share_loops(operations(inputs.arguments), [&] { kernel(inputs.arguments, scratch); });
+    kernel(inputs.arguments, Scratch::floats(scratch_size(inputs.arguments)));
 }
 
 void backward(const py::object& query, const py::object& key, const py::object& value, bool causal, const py::object& key_mask,
@@ -129,8 +122,7 @@ void backward(const py::object& query, const py::object& key, const py::object& 
     const auto scratch_size = RXT_KERNEL(attention_backward_scratch);
     const auto kernel = RXT_KERNEL(attention_backward);
     py::gil_scoped_release released;
-    float* scratch = Scratch::floats(scratch_size(arguments));
-    share_loops(2.5 * operations(a), [&] { kernel(arguments, scratch); });
+    kernel(arguments, Scratch::floats(scratch_size(arguments)));
 }
 
 }  // namespace
