@@ -164,7 +164,9 @@ def train_demo(
 
         model = widened(model, encoder_ff=phases[number].encoder_ff, expert_ff=phases[number].expert_ff, seed=seed)
         settings = replace(
-            phases[number].settings, seed=seed + phases[number].settings.seed, steps=round(counts[number] / phases[number].until)
+            phases[number].settings,
+            seed=seed + phases[number].settings.seed,
+            steps=round(counts[number] / phases[number].until),
         )
         train(
             model,
