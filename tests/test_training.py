@@ -16,7 +16,7 @@ from rxt_model.demo_model import load_demo_model
 from rxt_model.models import RxTAlpha
 from rxt_model.stateless import SparseQueryTransformer
 from rxt_model.tokenizer import Tokenizer, train_tokenizer
-from rxt_model.training import demo, memory_aware
+from rxt_model.training import memory_aware
 from rxt_model.training.demo import demo_model, train_demo
 from rxt_model.training.dialogue import load_dialogue, neutral_reply, small_talk
 from rxt_model.training.episodes import EpisodeBatch, EpisodeWriter, Turn, batch_episodes
@@ -28,7 +28,7 @@ from rxt_model.training.memory_aware import episode_loss, initial_memory, unroll
 from rxt_model.training.messages import Wording
 from rxt_model.training.output import training_states
 from rxt_model.training.recall import measure_history_recall, measure_recall, wilson_interval
-from rxt_model.training.recipe import DEMO_PHASES, DemoShape, Phase
+from rxt_model.training.recipe import DemoShape, Phase
 from rxt_model.training.sentences import SPLITS, VARIETIES, read_sections, sentences
 from rxt_model.training.settings import Stage, TrainingSettings, learning_rate
 from rxt_model.training.stateless_control import stateless_model, train_stateless
@@ -548,17 +548,6 @@ def test_the_whole_recipe_makes_a_model_that_loads(tmp_path: Path) -> None:
     )
     assert seen == [1]
     assert (further / "model.safetensors").is_file()
-
-
-def test_every_phase_has_conversations_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("chitchat_dataset")
-    kinds = [(phase.variety, phase.settings.stages, phase.settings.seed) for phase in DEMO_PHASES]
-    assert len(set(kinds)) == len(kinds)
-    seeds: list[int] = []
-    monkeypatch.setattr(demo, "train", lambda model, tokenizer, writer, settings, **_: seeds.append(settings.seed))
-    phases = Phase(SHORT), Phase(replace(SHORT, seed=3))
-    train_demo(tmp_path / "demo", seed=10, shape=replace(TINY, vocab_size=600), phases=phases)
-    assert seeds == [10, 13]
 
 
 def test_the_control_is_trained_on_the_same_conversations_and_resumed_after_being_killed(

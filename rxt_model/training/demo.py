@@ -129,7 +129,7 @@ def train_demo(
         start: a float32 demo model that has been trained before: all phases but the last are left out, and the last begins
             with it.
         shape: sizes of the model.
-        phases: the recipe; ``steps`` replaces those in it, and ``seed`` is added to its seeds.
+        phases: the recipe; ``steps`` and ``seed`` replace those in it.
         workers: processes that share the work, see :func:`rxt_model.training.loop.train`.
         on_step: called after each step with its number, counted through all phases, and its result.
 
@@ -163,11 +163,7 @@ def train_demo(
                 on_step(before + step, result)
 
         model = widened(model, encoder_ff=phases[number].encoder_ff, expert_ff=phases[number].expert_ff, seed=seed)
-        settings = replace(
-            phases[number].settings,
-            seed=seed + phases[number].settings.seed,
-            steps=round(counts[number] / phases[number].until),
-        )
+        settings = replace(phases[number].settings, seed=seed, steps=round(counts[number] / phases[number].until))
         train(
             model,
             tokenizer,

@@ -35,7 +35,7 @@ _TO_STATEMENTS = ("I see.", "I see.", "That is interesting.")
 
 
 @cache
-def small_talk(variety: str = "wide") -> tuple[tuple[str, str], ...]:
+def small_talk(variety: str = "full") -> tuple[tuple[str, str], ...]:
     """Exchanges written for this model, so that it can greet, say what it is, and hear what is no fact.
 
     Args:

@@ -87,7 +87,7 @@ class EpisodeWriter:
         self.dialogue = tuple(dialogue) or self.small_talk
 
     @classmethod
-    def for_split(cls, split: str, dialogue: DialogueTurns, variety: str = "wide") -> EpisodeWriter:
+    def for_split(cls, split: str, dialogue: DialogueTurns, variety: str = "full") -> EpisodeWriter:
         """The writer for ``"train"`` or ``"held_out"``, in the wording of a :data:`.sentences.VARIETIES`."""
         return cls(Wording(split, variety), dialogue.train if split == "train" else dialogue.held_out)
 

@@ -68,7 +68,7 @@ class Wording:
         True
     """
 
-    def __init__(self, split: str = "train", variety: str = "wide") -> None:
+    def __init__(self, split: str = "train", variety: str = "full") -> None:
         def clauses(section: str) -> dict[str, list[str]]:
             return {a.key: [a.fill(text) for text in sentences(a.wording, section, split, variety)] for a in ATTRIBUTES}
 

@@ -52,7 +52,7 @@ class Phase:
 
     settings: TrainingSettings
     until: float = 1.0
-    variety: str = "wide"
+    variety: str = "full"
     encoder_ff: int | None = None
     expert_ff: int | None = None
 
@@ -115,7 +115,6 @@ DEMO_PHASES = (
                 ),
             ),
         ),
-        variety="full",
     ),
     Phase(
         TrainingSettings(
@@ -130,46 +129,14 @@ DEMO_PHASES = (
                 ),
             ),
         ),
-        variety="full",
         encoder_ff=480,
         expert_ff=240,
-    ),
-    Phase(
-        TrainingSettings(
-            steps=3000,
-            learning_rate=2e-4,
-            final_learning_rate=0.02,
-            warmup_steps=100,
-            stages=(
-                Stage(
-                    1.00, (6, 12, 18, 24), 216, 14,
-                    statement_rows=0.6, chat_rows=0.5, emphasis="answers", mistakes=0.35, changes=0.45,
-                ),
-            ),
-        ),
-        until=1 / 3,
-    ),
-    Phase(
-        TrainingSettings(
-            steps=1200,
-            seed=1,
-            learning_rate=1.6e-4,
-            final_learning_rate=0.02,
-            warmup_steps=40,
-            stages=(
-                Stage(
-                    1.00, (6, 12, 18, 24), 216, 14,
-                    statement_rows=0.6, chat_rows=0.5, emphasis="answers", mistakes=0.35, changes=0.45,
-                ),
-            ),
-        ),
     ),
 )  # fmt: skip
 """First what memory is for, in short and then in long conversations; its schedule is left early, while steps are still long.
 Then the same with a rate that falls to nothing: that is when recall of old facts comes. Then four times as many sentences, for
 what people say in other words than the first two heard. Then the same with wider networks, where the narrow ones had
-learned what they could: recall of training's own wording had come no higher than that of held-out wording. Last, a third more
-sentences and longer conversations; the schedule of its first part is left early for one that ends sooner.
+learned what they could: recall of training's own wording had come no higher than that of held-out wording.
 
 Long episodes want small steps: at the full rate, training on eighteen turns became unstable, and a trained model that
 went on at 1e-3 forgot within a hundred steps what it could do."""
@@ -192,9 +159,8 @@ STATELESS_PHASE = Phase(
             ),
         ),
     ),
-    variety="full",
 )  # fmt: skip
-"""One phase is enough for a model that has no memory to grow. It has not heard the sentences of the last two above."""
+"""One phase is enough for a model that has no memory to grow."""
 
 
 def phase_steps(phases: Sequence[Phase], steps: int | None) -> list[int]:

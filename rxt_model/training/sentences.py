@@ -84,7 +84,7 @@ def continued(sections: Sections, section: str, variety: str) -> dict[str, tuple
     return {name: sections[name] for name in names if name in sections}
 
 
-def sentences(name: str, section: str, split: str, variety: str = "wide", *, salt: str = "") -> list[str]:
+def sentences(name: str, section: str, split: str, variety: str = "full", *, salt: str = "") -> list[str]:
     """The sentences of a section and of those that go on with it in a variety.
 
     Args:
