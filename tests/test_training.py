@@ -29,7 +29,7 @@ from rxt_model.training.messages import Wording
 from rxt_model.training.output import training_states
 from rxt_model.training.recall import measure_history_recall, measure_recall, wilson_interval
 from rxt_model.training.recipe import DemoShape, Phase
-from rxt_model.training.sentences import SPLITS, VARIETIES, read_sections, sentences
+from rxt_model.training.sentences import SPLITS, VARIETIES, continued, read_sections, sentences
 from rxt_model.training.settings import Stage, TrainingSettings, learning_rate
 from rxt_model.training.stateless_control import stateless_model, train_stateless
 from rxt_model.training.widening import widened
@@ -135,7 +135,7 @@ def test_sentences_hold_what_they_must_once_and_no_value_of_a_fact(name: str) ->
     about = [attribute for attribute in ATTRIBUTES if attribute.wording == name] or ATTRIBUTES
     values = {value for attribute in about for value in attribute.values}
     for section, found in read_sections(name).items():
-        kind = section.removesuffix(" more")
+        kind = section.removesuffix(" more").removesuffix(" further")
         assert kind in ("tell", "ask", "update", "small talk")
         assert len({text.lower() for text in found}) >= 0.9 * len(
             found
@@ -157,9 +157,9 @@ def test_sentences_hold_what_they_must_once_and_no_value_of_a_fact(name: str) ->
 def test_a_section_that_goes_on_repeats_nothing() -> None:
     for name in WORDING_FILES:
         sections = read_sections(name)
-        for section in [section for section in sections if section.endswith(" more")]:
-            before = {text.lower() for text in sections[section.removesuffix(" more")]}
-            assert not before & {text.lower() for text in sections[section]}, (name, section)
+        for section in [section for section in sections if not section.endswith((" more", " further"))]:
+            texts = [{text.lower() for text in found} for found in continued(sections, section, "wide").values()]
+            assert len(set().union(*texts)) == sum(map(len, texts)), (name, section)
 
 
 def test_there_are_hundreds_of_values_and_many_attributes() -> None:
