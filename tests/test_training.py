@@ -22,17 +22,18 @@ from rxt_model.training.dialogue import load_dialogue, neutral_reply, small_talk
 from rxt_model.training.episodes import EpisodeBatch, EpisodeWriter, Turn, batch_episodes
 from rxt_model.training.fact_values import VALUES
 from rxt_model.training.facts import ATTRIBUTES, UNKNOWN_ANSWER, attribute_named, values_in_answer
+from rxt_model.training.growth import with_slots
 from rxt_model.training.history import history_objective
-from rxt_model.training.loop import make_optimizer, train, training_batch
+from rxt_model.training.loop import train, training_batch
 from rxt_model.training.memory_aware import episode_loss, initial_memory, unroll_memory
 from rxt_model.training.messages import Wording
+from rxt_model.training.optimizer import NamedOptimizer
 from rxt_model.training.output import training_states
 from rxt_model.training.recall import measure_history_recall, measure_recall, wilson_interval
 from rxt_model.training.recipe import DemoShape, Phase
 from rxt_model.training.sentences import SPLITS, VARIETIES, continued, read_sections, sentences
-from rxt_model.training.settings import Stage, TrainingSettings, learning_rate
+from rxt_model.training.settings import OPTIMIZERS, Stage, TrainingSettings, learning_rate
 from rxt_model.training.stateless_control import stateless_model, train_stateless
-from rxt_model.training.widening import widened
 from rxt_model.training.workers import ShardGradients
 
 DEMO = Path(__file__).parent.parent / "rxt_model" / "assets" / "demo"
@@ -85,9 +86,10 @@ def test_every_variety_adds_to_the_one_before_and_moves_nothing_across_the_split
             few, many = getattr(plain, name)[attribute.key], getattr(full, name)[attribute.key]
             assert many[: len(few)] == few
             assert len(many) > 2 * len(few), (name, attribute.key)
-            most = getattr(Wording(split, "wide"), name)[attribute.key]
-            assert most[: len(many)] == many
-            assert len(most) > len(many), (name, attribute.key)
+            for variety in ("wide", "open"):
+                before, many = many, getattr(Wording(split, variety), name)[attribute.key]
+                assert many[: len(before)] == before
+                assert len(many) > len(before), (name, attribute.key)
     for name in ("tell_frames", "update_frames", "ask_frames", "pairs", "small_talk"):
         assert set(getattr(plain, name)) < set(getattr(full, name))
 
@@ -135,7 +137,7 @@ def test_sentences_hold_what_they_must_once_and_no_value_of_a_fact(name: str) ->
     about = [attribute for attribute in ATTRIBUTES if attribute.wording == name] or ATTRIBUTES
     values = {value for attribute in about for value in attribute.values}
     for section, found in read_sections(name).items():
-        kind = section.removesuffix(" more").removesuffix(" further")
+        kind = re.sub(" (more|further|open)$", "", section)
         assert kind in ("tell", "ask", "update", "small talk")
         assert len({text.lower() for text in found}) >= 0.9 * len(
             found
@@ -157,8 +159,8 @@ def test_sentences_hold_what_they_must_once_and_no_value_of_a_fact(name: str) ->
 def test_a_section_that_goes_on_repeats_nothing() -> None:
     for name in WORDING_FILES:
         sections = read_sections(name)
-        for section in [section for section in sections if not section.endswith((" more", " further"))]:
-            texts = [{text.lower() for text in found} for found in continued(sections, section, "wide").values()]
+        for section in [section for section in sections if not section.endswith((" more", " further", " open"))]:
+            texts = [{text.lower() for text in found} for found in continued(sections, section, "open").values()]
             assert len(set().union(*texts)) == sum(map(len, texts)), (name, section)
 
 
@@ -344,9 +346,13 @@ class _KilledError(Exception):
     pass
 
 
-def test_a_killed_run_resumes_to_the_same_numbers(writer: EpisodeWriter, tokenizer: Tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_killed_run_resumes_to_the_same_numbers(
+    writer: EpisodeWriter, tokenizer: Tokenizer, tmp_path: Path, optimizer: str
+) -> None:
+    settings = replace(SHORT, optimizer=optimizer)
     whole = demo_model(tokenizer, TINY, seed=0)
-    expected = train(whole, tokenizer, writer, SHORT)
+    expected = train(whole, tokenizer, writer, settings)
 
     def kill(step: int, result: memory_aware.StepResult) -> None:
         if step == 5:  # after the checkpoint at step 4, in the middle of a step
@@ -354,11 +360,11 @@ def test_a_killed_run_resumes_to_the_same_numbers(writer: EpisodeWriter, tokeniz
 
     checkpoint = tmp_path / "state.safetensors"
     with pytest.raises(_KilledError):
-        train(demo_model(tokenizer, TINY, seed=0), tokenizer, writer, SHORT, checkpoint=checkpoint, on_step=kill)
+        train(demo_model(tokenizer, TINY, seed=0), tokenizer, writer, settings, checkpoint=checkpoint, on_step=kill)
     # A new process has other random numbers and other initial weights; neither may matter.
     torch.manual_seed(12345)
     resumed = demo_model(tokenizer, TINY, seed=99)
-    losses = train(resumed, tokenizer, writer, SHORT, checkpoint=checkpoint)
+    losses = train(resumed, tokenizer, writer, settings, checkpoint=checkpoint)
     assert losses == expected[4:]
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
@@ -413,14 +419,38 @@ def test_shards_of_a_step_have_the_same_turns_and_different_episodes(
     assert len(steps) > 1
 
 
-def test_weight_decay_acts_on_matrices_but_not_on_memory_gates(model: RxTAlpha) -> None:
-    groups = make_optimizer(model, SHORT).param_groups
-    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_weight_decay_acts_on_matrices_but_not_on_memory_gates(model: RxTAlpha, optimizer: str) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.data.fill_(1.0)
+    NamedOptimizer(model, replace(SHORT, optimizer=optimizer, weight_decay=0.5)).step(rate=0.1)
     memory = model.memory_attention.model
     gates = [*memory.residual_gate_layers.parameters(), *memory.mean_residual_gate_layers.parameters()]
-    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-    matrices = {id(p) for p in model.parameters() if p.dim() >= 2}
-    assert decayed == matrices - {id(p) for p in gates}
+    for parameter in model.parameters():
+        decayed = parameter.dim() >= 2 and not any(parameter is gate for gate in gates)
+        assert torch.allclose(parameter, torch.tensor(0.95 if decayed else 1.0))
+
+
+def test_muon_moves_the_matrices_inside_and_adamw_the_rest(model: RxTAlpha) -> None:
+    optimizer = NamedOptimizer(model, replace(SHORT, optimizer="muon"))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step(rate=1e-2)
+    kinds = {"momentum_buffer": set(), "exp_avg": set()}  # type: dict[str, set[str]]
+    for key in optimizer.state():
+        kind, name = key.split("/", 1)
+        if kind in kinds:
+            kinds[kind].add(re.sub(r"/\d+$", "", name))
+    assert kinds["momentum_buffer"] | kinds["exp_avg"] == set(before)
+    assert not kinds["momentum_buffer"] & kinds["exp_avg"]
+    assert {"decoder.model.layers.0.ff.w1", "encoder.model.layers.0.attention.q_proj.weight"} <= kinds[
+        "momentum_buffer"
+    ]
+    assert {"decoder.model.embedding.weight", "decoder.model.layers.0.ff.b1"} <= kinds["exp_avg"]
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
 
 
 def test_the_learning_rate_rises_falls_and_follows_the_stage() -> None:
@@ -464,6 +494,7 @@ def test_checkpoints_that_do_not_belong_are_refused(
     [
         (lambda: TrainingSettings(steps=0), "steps"),
         (lambda: TrainingSettings(learning_rate=-1.0), "learning_rate"),
+        (lambda: TrainingSettings(optimizer="sgd"), "optimizer"),
         (lambda: TrainingSettings(probes=-1), "probes"),
         (lambda: Stage(1.0, (2,), 4, 3, chat_rows=2.0), "chat_rows"),
         (lambda: Stage(1.0, (2,), 4, 3, emphasis="none"), "emphasis"),
@@ -493,33 +524,33 @@ def test_arguments_are_refused_by_name(call: object, message: str) -> None:
 
 
 @torch.no_grad()
-def test_a_widened_model_computes_the_same_and_can_use_its_new_units(model: RxTAlpha) -> None:
+def test_a_model_with_more_slots_opens_its_gates_as_before(model: RxTAlpha) -> None:
     before = [parameter.clone() for parameter in model.parameters()]
-    wide = widened(model, encoder_ff=56, expert_ff=24)
-    assert (wide.encoder.config.ff_dim, wide.decoder.config.ff_dim) == (56, 24)
-    assert widened(wide, encoder_ff=56) is wide
+    grown = with_slots(model, 18)
+    assert grown.stm.memory.shape == (2, 1, 18, 32)
+    assert with_slots(grown, 18) is grown
+    assert with_slots(grown, None) is grown
     ids, mask = torch.randint(5, 400, (2, 9)), torch.ones(2, 9, dtype=torch.bool)
-    torch.testing.assert_close(wide.encoder(ids, mask), model.encoder(ids, mask))
     memory = torch.randn(2, 2, 6, 32)
-    torch.testing.assert_close(wide.decoder(ids, mask, memory), model.decoder(ids, mask, memory))
-    with torch.enable_grad():
-        (wide.encoder(ids, mask).square().sum() + wide.decoder(ids, mask, memory).square().sum()).backward()
-    second = wide.encoder.model.layers[0].ff.fc2.weight
-    assert second.grad is not None
-    assert bool((second.grad[:, 32:] != 0).any())
+    encoded = model.encoder(ids, mask)
+    torch.testing.assert_close(grown.encoder(ids, mask), encoded)
+    expected = model.memory_attention(encoded, mask, memory).repeat(1, 1, 3, 1)
+    repeated = memory.repeat(1, 1, 3, 1)
+    torch.testing.assert_close(grown.memory_attention(encoded, mask, repeated), expected)
+    torch.testing.assert_close(grown.decoder(ids, mask, repeated), model.decoder(ids, mask, memory))
     for parameter, value in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, value)
 
 
-@pytest.mark.parametrize("argument", ["encoder_ff", "expert_ff"])
-def test_a_model_is_not_made_narrower(model: RxTAlpha, argument: str) -> None:
-    with pytest.raises(ValueError, match=f"{argument} must be at least"):
-        widened(model, **{argument: 8})
+@pytest.mark.parametrize("slots", [3, 8])
+def test_slots_are_only_multiplied(model: RxTAlpha, slots: int) -> None:
+    with pytest.raises(ValueError, match="slots must be a multiple of 6"):
+        with_slots(model, slots)
 
 
 def test_the_whole_recipe_makes_a_model_that_loads(tmp_path: Path) -> None:
     pytest.importorskip("chitchat_dataset")
-    phases = Phase(SHORT, until=0.5), Phase(SHORT, encoder_ff=48, expert_ff=24)  # two steps, and four
+    phases = Phase(SHORT, until=0.5), Phase(replace(SHORT, optimizer="muon"), slots=12)  # two steps, and four
     seen: list[int] = []
 
     def kill(step: int, result: memory_aware.StepResult) -> None:
@@ -541,7 +572,7 @@ def test_the_whole_recipe_makes_a_model_that_loads(tmp_path: Path) -> None:
     loaded = RxTAlpha.from_pretrained(directory, dtype=torch.float32)
     assert loaded.tokenizer is not None
     assert loaded.decoder.config.embed_dim == TINY.embed_dim
-    assert (loaded.encoder.config.ff_dim, loaded.decoder.config.ff_dim) == (48, 24)
+    assert loaded.stm.size == 12
     seen.clear()
     further = train_demo(
         tmp_path / "further", steps=2, phases=phases, start=loaded, on_step=lambda step, _: seen.append(step)

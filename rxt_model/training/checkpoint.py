@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from rxt_model.files import atomic_path
 
+from .optimizer import NamedOptimizer
 from .settings import TrainingSettings
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
-CHECKPOINT_FORMAT = "rxt-training-3"
+CHECKPOINT_FORMAT = "rxt-training-4"
 
 
 def _fingerprint(settings: TrainingSettings, episodes: str) -> str:
@@ -28,26 +29,21 @@ def _fingerprint(settings: TrainingSettings, episodes: str) -> str:
 
 
 def save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: TrainingSettings, step: int, episodes: str
+    path: Path, model: nn.Module, optimizer: NamedOptimizer, settings: TrainingSettings, step: int, episodes: str
 ) -> None:
     """Write model and optimizer to one safetensors file, under a temporary name first.
 
     ``step`` steps are done, on the episodes of :meth:`EpisodeWriter.fingerprint`.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in dict(model.named_parameters()).items():
-        tensors[f"model/{name}"] = parameter.detach().contiguous()
-        state = optimizer.state.get(parameter, {})
-        for key in ("exp_avg", "exp_avg_sq"):
-            if key in state:
-                tensors[f"{key}/{name}"] = state[key].contiguous()
+    tensors = {f"model/{name}": parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    tensors |= optimizer.state()
     metadata = {"format": CHECKPOINT_FORMAT, "step": str(step), "settings": _fingerprint(settings, episodes)}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata)
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: TrainingSettings, episodes: str
+    path: Path, model: nn.Module, optimizer: NamedOptimizer, settings: TrainingSettings, episodes: str
 ) -> int:
     """Restore what :func:`save_checkpoint` wrote; returns the number of steps done.
 
@@ -80,10 +76,5 @@ def load_checkpoint(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"model/{name}"])
-            if f"exp_avg/{name}" in tensors:
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step)),
-                    "exp_avg": tensors[f"exp_avg/{name}"],
-                    "exp_avg_sq": tensors[f"exp_avg_sq/{name}"],
-                }
+    optimizer.load_state(tensors, step)
     return step

@@ -22,13 +22,13 @@ from .dialogue import DialogueTurns, load_dialogue, small_talk
 from .episodes import EpisodeWriter
 from .fact_values import VALUES
 from .facts import ATTRIBUTES, UNKNOWN_ANSWER
+from .growth import with_slots
 from .initial_weights import prepare_for_copying
 from .loop import train
 from .memory_aware import StepResult
 from .messages import Wording
 from .output import checked_directory, training_state, training_states
 from .recipe import DEMO_PHASES, DEMO_SHAPE, DemoShape, Phase, phase_steps
-from .widening import widened
 
 __all__ = ["demo_model", "demo_tokenizer", "train_demo"]
 
@@ -162,7 +162,7 @@ def train_demo(
             if on_step is not None:
                 on_step(before + step, result)
 
-        model = widened(model, encoder_ff=phases[number].encoder_ff, expert_ff=phases[number].expert_ff, seed=seed)
+        model = with_slots(model, phases[number].slots)
         settings = replace(phases[number].settings, seed=seed, steps=round(counts[number] / phases[number].until))
         train(
             model,

@@ -22,10 +22,11 @@ from rxt_model.tokenizer import Tokenizer
 from .checkpoint import load_checkpoint, save_checkpoint
 from .episodes import EpisodeBatch, EpisodeWriter, batch_episodes
 from .memory_aware import StepResult, memory_objective
+from .optimizer import NamedOptimizer
 from .settings import TrainingSettings, learning_rate
 from .workers import ShardGradients
 
-__all__ = ["Objective", "make_optimizer", "train", "training_batch"]
+__all__ = ["Objective", "train", "training_batch"]
 
 Objective = Callable[[Any, EpisodeBatch, Tensor, TrainingSettings, torch.Generator], StepResult]
 """(model, batch, rows to answer, settings, generator of this shard) to the loss. A function that can be imported."""
@@ -81,22 +82,6 @@ class ShardTask:
         return result.detached()
 
 
-def _is_memory_gate(name: str) -> bool:
-    return "gate_layers." in name
-
-
-def make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
-    """AdamW; weight decay acts on matrices only, and on none of a memory gate."""
-    named = dict(model.named_parameters())
-    decayed = [p for n, p in named.items() if p.dim() >= 2 and not _is_memory_gate(n)]
-    others = [p for n, p in named.items() if p.dim() < 2 or _is_memory_gate(n)]
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
-
-
 def _mean_result(results: Sequence[StepResult]) -> StepResult:
     """The result of a step from those of its shards."""
     recall: dict[int, tuple[int, int]] = {}
@@ -145,7 +130,7 @@ def train(
     Raises:
         ValueError: for a checkpoint that does not belong to this run, or ``workers`` below 1.
     """
-    optimizer = make_optimizer(model, settings)
+    optimizer = NamedOptimizer(model, settings)
     done = 0
     if checkpoint is not None and resume and checkpoint.exists():
         done = load_checkpoint(checkpoint, model, optimizer, settings, writer.fingerprint())
@@ -157,11 +142,9 @@ def train(
     with ShardGradients(model, task, shards=settings.shards, workers=workers) as gradients:
         bar = tqdm(range(done, last), initial=done, total=settings.steps, disable=not sys.stderr.isatty(), unit="step")
         for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, step)
             result = _mean_result(gradients(step))
             nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-            optimizer.step()
+            optimizer.step(learning_rate(settings, step))
             losses.append(float(result.loss))
             running = losses[-1] if running is None else 0.95 * running + 0.05 * losses[-1]
             bar.set_postfix(loss=f"{running:.3f}")

@@ -54,7 +54,7 @@ class Wording:
 
     Args:
         split: ``"train"`` or ``"held_out"``. The two never share a clause or a frame.
-        variety: ``"plain"`` for the wording that training begins with, ``"full"`` or ``"wide"``, see :mod:`.sentences`.
+        variety: one of :data:`.sentences.VARIETIES`, from ``"plain"``, which training begins with, to ``"open"``.
 
     Raises:
         ValueError: for any other split or variety.

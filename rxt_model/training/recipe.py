@@ -42,9 +42,8 @@ class Phase:
     Attributes:
         settings: curriculum and rates.
         until: share of its steps after which the next phase takes over.
-        variety: wording of its conversations, ``"plain"``, ``"full"`` or ``"wide"``, see :mod:`rxt_model.training.sentences`.
-        encoder_ff, expert_ff: hidden widths that the model is given before it, see :mod:`rxt_model.training.widening`; None
-            keeps those it has.
+        variety: wording of its conversations, one of :data:`rxt_model.training.sentences.VARIETIES`.
+        slots: memory slots that the model is given before it, see :mod:`rxt_model.training.growth`; None keeps those it has.
 
     Raises:
         ValueError: ``until`` is not above 0 and at most 1, or for another variety.
@@ -53,8 +52,7 @@ class Phase:
     settings: TrainingSettings
     until: float = 1.0
     variety: str = "full"
-    encoder_ff: int | None = None
-    expert_ff: int | None = None
+    slots: int | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.until <= 1.0:
@@ -118,31 +116,33 @@ DEMO_PHASES = (
     ),
     Phase(
         TrainingSettings(
-            steps=2300,
-            learning_rate=3e-4,
+            steps=2700,
+            optimizer="muon",
+            learning_rate=6e-4,
             final_learning_rate=0.02,
-            warmup_steps=100,
+            warmup_steps=40,
+            probes=6,
             stages=(
                 Stage(
-                    1.00, (6, 12, 18), 216, 13,
-                    statement_rows=0.6, chat_rows=0.6, emphasis="answers", mistakes=0.35, changes=0.45,
+                    1.00, (6, 12, 18, 24), 240, 13,
+                    statement_rows=0.35, chat_rows=0.35, emphasis="answers", mistakes=0.3, changes=0.45,
                 ),
             ),
         ),
-        encoder_ff=480,
-        expert_ff=240,
+        variety="open",
+        slots=96,
     ),
 )  # fmt: skip
 """First what memory is for, in short and then in long conversations; its schedule is left early, while steps are still long.
 Then the same with a rate that falls to nothing: that is when recall of old facts comes. Then four times as many sentences, for
-what people say in other words than the first two heard. Then the same with wider networks, where the narrow ones had
-learned what they could: recall of training's own wording had come no higher than that of held-out wording.
+what people say in other words than the first two heard. Then twice the slots and all sentences, by another optimizer, with
+longer conversations and more questions about each of them.
 
 Long episodes want small steps: at the full rate, training on eighteen turns became unstable, and a trained model that
 went on at 1e-3 forgot within a hundred steps what it could do."""
 
 STATELESS_SHAPE = replace(DEMO_SHAPE, num_layers=5, expert_ff=240)
-"""The width of the demo model after its last phase, and two layers more: they cost what its encoder and memory attention do."""
+"""Two layers more than the demo model has, which cost what its encoder and memory attention do, and wider experts."""
 
 STATELESS_PHASE = Phase(
     TrainingSettings(

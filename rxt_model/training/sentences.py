@@ -1,8 +1,8 @@
 """Reads the sentences of the folder ``wording``, and divides them into those of training and those held out.
 
-A file has sections, ``[tell]`` for example, of one sentence per line; ``#`` begins a comment. Sections ``[tell more]`` and
-``[tell further]`` go on with ``[tell]``. The first are the *plain* wording that training begins with, those with ``more``
-make it the *full* one, those with ``further`` the *wide* one.
+A file has sections, ``[tell]`` for example, of one sentence per line; ``#`` begins a comment. Sections ``[tell more]``,
+``[tell further]`` and ``[tell open]`` go on with ``[tell]``. The first are the *plain* wording that training begins with, those
+with ``more`` make it the *full* one, those with ``further`` the *wide* one, those with ``open`` the *open* one.
 
 One sentence in five is **held out**: never seen in training, and recall is measured on held-out ones alone. The draw is
 made from a fixed seed, not chosen by hand, and in every section by itself. A sentence more in a section draws that section
@@ -19,8 +19,13 @@ from importlib import resources
 __all__ = ["SPLITS", "VARIETIES", "Sections", "continued", "read_sections", "sentences"]
 
 SPLITS = ("train", "held_out")
-VARIETIES = ("plain", "full", "wide")
-_CONTINUATIONS = {"plain": (), "full": ("more",), "wide": ("more", "further")}
+VARIETIES = ("plain", "full", "wide", "open")
+_CONTINUATIONS = {
+    "plain": (),
+    "full": ("more",),
+    "wide": ("more", "further"),
+    "open": ("more", "further", "open"),
+}
 HELD_OUT_SHARE = 0.2
 _SPLIT_SEED = 20251123
 
@@ -91,7 +96,7 @@ def sentences(name: str, section: str, split: str, variety: str = "full", *, sal
         name: file in the folder ``wording``, without its ending.
         section: for example ``"tell"``.
         split: ``"train"`` or ``"held_out"``.
-        variety: ``"plain"``, ``"full"`` or ``"wide"``; each has the sentences of the one before.
+        variety: one of :data:`VARIETIES`; each has the sentences of the one before.
         salt: what the draw is made with; by default file and section.
 
     Raises:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from .episodes import EMPHASES
 
-__all__ = ["Stage", "TrainingSettings", "learning_rate"]
+__all__ = ["OPTIMIZERS", "Stage", "TrainingSettings", "learning_rate"]
+
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class TrainingSettings:
     Attributes:
         steps: optimizer steps.
         seed: of everything that is drawn.
+        optimizer: one of :data:`OPTIMIZERS`, see :mod:`rxt_model.training.optimizer`.
         learning_rate: its peak.
         final_learning_rate: what remains of the peak at the end.
         warmup_steps: steps in which the rate rises to its peak.
@@ -82,6 +85,7 @@ class TrainingSettings:
 
     steps: int = 2000
     seed: int = 0
+    optimizer: str = "adamw"
     learning_rate: float = 2e-3
     final_learning_rate: float = 0.05
     warmup_steps: int = 60
@@ -97,6 +101,8 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1; it was {self.steps}.")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; it was {self.optimizer!r}.")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive; it was {self.learning_rate}.")
         if self.shards < 1:
