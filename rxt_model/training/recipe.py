@@ -125,7 +125,7 @@ DEMO_PHASES = (
             stages=(
                 Stage(
                     1.00, (6, 12, 18, 24), 240, 13,
-                    statement_rows=0.35, chat_rows=0.35, emphasis="answers", mistakes=0.3, changes=0.45,
+                    statement_rows=0.35, chat_rows=0.35, emphasis="replies", mistakes=0.3, changes=0.45,
                 ),
             ),
         ),
