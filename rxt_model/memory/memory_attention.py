@@ -5,13 +5,12 @@ What is computed stands in :func:`rxt_kernels.memory_update` (spec 2.10 to 2.12)
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from rxt_kernels import (
-    AttentionWeights,
     MemoryNormParameters,
     MemoryUpdateLayer,
     ResidualGateParameters,
@@ -78,6 +77,7 @@ class ResidualGate(nn.Module):
         self.kind = "replace" if replaces else config.residual_gate_type if gated else "add"
         self.per_slot = config.residual_per_slot_gate
         self.activation = "tanh" if config.use_tanh_residual_gate else "sigmoid"
+        self.slot_status: nn.Linear | None = None
         if self.kind in ("add", "replace"):
             return
         slots = config.stm_size
@@ -94,7 +94,7 @@ class ResidualGate(nn.Module):
         """The same parameters as plain tensors."""
         if self.kind in ("add", "replace"):
             return ResidualGateParameters(kind=self.kind, per_slot=self.per_slot, activation=self.activation)
-        status = getattr(self, "slot_status", None) if self.kind != "static" else None
+        status = None if self.kind == "static" else self.slot_status
         linear = self.gate if isinstance(self.gate, nn.Linear) else None
         return ResidualGateParameters(
             kind=self.kind,
@@ -153,20 +153,18 @@ class MemoryAttentionNetwork(nn.Module):
     def update_layers(self) -> list[MemoryUpdateLayer]:
         """The weights of every layer as plain tensors, in the form :func:`rxt_kernels.memory_update` takes."""
         context_norms, context_attentions, context_gates = self._context_modules() or (None, None, None)
-        interlayer_gates = getattr(self, "interlayer_gate_layers", None)
-        return [
-            MemoryUpdateLayer(
-                memory_norm=_norm(self.memory_norm_layers, i),
-                input_norm_weight=cast(RMSNorm, self.memory_input_norm_layers[i]).weight,
-                attention=_attention(self.attention_layers, i),
-                residual_gate=_gate(self.residual_gate_layers, i),
-                context_norm=None if context_norms is None else _norm(context_norms, i),
-                context_attention=None if context_attentions is None else _attention(context_attentions, i),
-                context_gate=None if context_gates is None else _gate(context_gates, i),
-                interlayer_gate=None if interlayer_gates is None else _gate(interlayer_gates, i),
-            )
-            for i in range(self.config.num_layers)
-        ]
+        count = self.config.num_layers
+        fields = (
+            _states(self.memory_norm_layers, count),
+            [cast(RMSNorm, norm).weight for norm in self.memory_input_norm_layers],
+            _weights(self.attention_layers, count),
+            _states(self.residual_gate_layers, count),
+            _states(context_norms, count),
+            _weights(context_attentions, count),
+            _states(context_gates, count),
+            _states(getattr(self, "interlayer_gate_layers", None), count),
+        )
+        return [MemoryUpdateLayer(*layer) for layer in zip(*fields, strict=True)]
 
     def forward(self, encoded: Tensor, attention_mask: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
         """The memory after an interaction; nothing is stored (see :meth:`ShortTermMemory.load`).
@@ -198,13 +196,11 @@ class MemoryAttentionNetwork(nn.Module):
         )
 
 
-def _norm(modules: nn.ModuleList, index: int) -> MemoryNormParameters:
-    return cast(MemoryNorm, modules[index]).parameters_for_update()
+def _states(modules: nn.ModuleList | None, count: int) -> list[Any]:
+    """The parameters of norms or gates of all layers; None for each where the variant has none."""
+    return [None] * count if modules is None else [cast(Any, module).parameters_for_update() for module in modules]
 
 
-def _attention(modules: nn.ModuleList, index: int) -> AttentionWeights:
-    return cast(SparseQueryAttention, modules[index]).weights()
-
-
-def _gate(modules: nn.ModuleList, index: int) -> ResidualGateParameters:
-    return cast(ResidualGate, modules[index]).parameters_for_update()
+def _weights(modules: nn.ModuleList | None, count: int) -> list[Any]:
+    """Likewise of attentions."""
+    return [None] * count if modules is None else [cast(Any, module).weights() for module in modules]
