@@ -146,12 +146,19 @@ struct Block {
     alignas(64) float gradients[row_block * key_block];
 };
 
-// The tile of rows from `row` on of a block of keys from `start` on. `tile` counts (batch, heads, padded_time).
+// Columns of a block that are read where `count` keys of it are seen: they go in by panels and come out by tiles.
+inline int64_t columns_read(int64_t count) {
+    const int64_t columns = round_up(round_up(count, tile_rows), panel);
+    return columns < key_block ? columns : key_block;
+}
+
+// The tile of rows from `row` on of a block of keys from `start` on, of which `read` columns are read afterwards. `tile` counts
+// (batch, heads, padded_time).
 template <class Seen>
-void fill_tile(const Workspace& w, int64_t tile, int64_t keys_place, int64_t start, const bool* mask, const Seen& seen,
-               float* weights, float* gradients) {
+void fill_tile(const Workspace& w, int64_t tile, int64_t keys_place, int64_t start, int64_t read, const bool* mask,
+               const Seen& seen, float* weights, float* gradients) {
     const int64_t count = seen(tile_rows - 1) - start;
-    for (int64_t column = 0; column < key_block; column += panel) {
+    for (int64_t column = 0; column < read; column += panel) {
         if (column >= count) {
             for (int row = 0; row < tile_rows; ++row) {
                 for (int v = 0; v < tile_vectors; ++v) {
@@ -221,18 +228,21 @@ void differentiate(const AttentionBackward& b, const Workspace& w, int64_t task)
                 const auto seen = [&](int64_t i) {
                     return seen_by(a, time + i < a.query_time ? time + i : a.query_time - 1, keys);
                 };
-                if (seen(row_block - 1) <= start) continue;
+                // What the last query of the block sees; keys after that get no gradient from it.
+                const int64_t visible = seen(row_block - 1) - start, read = columns_read(visible);
+                if (visible <= 0) continue;
                 const int64_t place = row * w.padded_time + time;
                 for (int64_t first = 0; first < row_block; first += tile_rows) {
                     const auto tile_seen = [&](int64_t i) { return seen(first + i); };
                     float* changes = block.gradients + first * key_block;
-                    fill_tile(w, place + first, keys_place, start, mask, tile_seen, block.weights + first * key_block, changes);
+                    fill_tile(w, place + first, keys_place, start, read, mask, tile_seen, block.weights + first * key_block,
+                              changes);
                     const int64_t left = tile_seen(tile_rows - 1) - start, count = left < key_block ? left : key_block;
                     if (count <= 0) continue;
                     add_product<key_block, 1>(count, changes, w.keys + (keys_place + start) * w.padded_width, w.padded_width,
                                               shares + (place + first) * w.padded_width);
                 }
-                for (int64_t key = 0; key < key_block; key += tile_rows) {
+                for (int64_t key = 0; key < key_block && key < visible; key += tile_rows) {
                     int64_t first = 0;  // earlier queries see none of these keys
                     while (first < row_block && seen(first + tile_rows - 1) <= start + key) first += tile_rows;
                     const int64_t rows = row_block - first, cell = first * key_block + key;
