@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--wording",
         choices=VARIETIES,
         default="full",
-        help="sentences never seen in training: of the plain wording that training begins with, or of one that goes further (full)",
+        help="sentences never seen in training: of the wording that training begins with (plain) or of more (full)",
     )
     add_device_argument(parser)
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
