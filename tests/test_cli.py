@@ -279,7 +279,7 @@ def test_chat_as_json(rxt: Rxt, model_directory: Path) -> None:
 
 
 def test_weights_are_packed_as_told_for_decoding(rxt: Rxt) -> None:
-    outcome = rxt("chat", "--weights", "int8", "--seed", 0, messages=["My name is Anna."])
+    outcome = rxt("chat", "--weights", "int8", "--seed", 0, messages=["My name is Anna.", "What is my name?"])
     if native_runtime.available():
         assert (outcome.status, "Anna" in outcome.out) == (0, True)
     else:
